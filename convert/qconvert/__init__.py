@@ -1,0 +1,1 @@
+"""How a checkpoint becomes another: open, plan, stream, commit. Encoding lives in qkernels."""

@@ -1,0 +1,113 @@
+"""Where tensors are encoded: the native CPU kernels, torch on the CPU, or one CUDA device per worker.
+
+Every backend gives the same bytes. A backend belongs to one worker thread; it owns no files.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from qschema.formats import Format
+
+from qconvert.errors import ConvertError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slice of rows to encode, in memory that the backend allocated. Sizes in bytes match shapes.
+
+    `source` holds [rows, columns] of `dtype`; `outputs` are in the order of the declaration;
+    `err2` and `ref2` receive one f64 per row: sum((w - dequantized)^2) and sum(w^2).
+    """
+
+    declared: Format
+    dtype: str
+    rows: int
+    columns: int
+    source: memoryview
+    outputs: tuple[memoryview, ...]
+    err2: memoryview
+    ref2: memoryview
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was found in a slice: NaN and Inf, and elements clipped by more than rounding."""
+
+    num_nonfinite: int
+    num_saturated: int
+
+
+class Backend(Protocol):
+    """One worker's way to encode. `slice_nbytes` is the source size of a slice that suits it."""
+
+    slice_nbytes: int
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """Return writable bytes for sources and outputs."""
+
+    def quantize(self, task: Task) -> Counts:
+        """Encode `task` into its outputs and statistics."""
+
+    def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
+        """Return how many elements are NaN or Inf, of a dtype that has them (F32, F16, BF16)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What `--device` resolved to: its name, how many workers suit it, and how to make a backend."""
+
+    name: str
+    default_workers: int
+    make: Callable[[], Backend]
+
+
+def address(view: memoryview) -> int:
+    """Return the address of the first byte of writable `view`; 0 for an empty one."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
+
+
+def resolve(device: str, *, formats: list[str]) -> Device:
+    """Return the device that `device` ("auto", "cpu", "cuda", "cuda:N") names on this machine.
+
+    "auto" takes a GPU if there is one. The CPU takes the native kernels where they were built and
+    know every format of `formats`, else torch. Raises ConvertError for what is not here.
+    """
+    kind, _, ordinal = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (ordinal and (kind != "cuda" or not ordinal.isdigit())):
+        raise ConvertError(f"--device {device!r}: expected auto, cpu, cuda or cuda:N")
+    num_gpus = count_gpus() if kind != "cpu" else 0
+    if kind == "cuda" and int(ordinal or 0) >= num_gpus:
+        raise ConvertError(f"--device {device}: this machine shows {num_gpus} CUDA devices")
+    if num_gpus:
+        from qconvert.backends.cuda import CudaBackend
+
+        name = f"cuda:{int(ordinal or 0)}"
+        return Device(name, min(16, _num_cores()), lambda: CudaBackend(name))
+    from qkernels import native
+
+    if all(native.supports(name) for name in formats):
+        from qconvert.backends.native import NativeBackend
+
+        return Device("cpu (native)", _num_cores(), NativeBackend)
+    from qconvert.backends.torch_cpu import TorchBackend
+
+    return Device("cpu (torch)", _num_cores(), TorchBackend)
+
+
+def count_gpus() -> int:
+    """Return how many CUDA devices the driver shows, without importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))

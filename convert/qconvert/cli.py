@@ -1,0 +1,165 @@
+"""The command `qconvert`: words in, exit codes out. Data goes to stdout, words to stderr.
+
+Exit codes: 0 done, 1 the conversion failed or was interrupted, 2 the command makes no sense.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import click
+from qschema import __version__
+from qschema.checkpoint import open_checkpoint
+from qschema.formats import UnknownFormatError, find, formats
+from qschema.plan import Plan
+from qschema.recipe import Recipe, Rule
+from qschema.recipe_file import load_recipe
+from qschema.strict import DocumentError
+
+from qconvert.backends import resolve
+from qconvert.convert import convert
+from qconvert.errors import ConvertError, human
+from qconvert.output import check_paths
+from qconvert.planner import make_plan
+from qconvert.progress import progress_bar
+from qconvert.summary import describe
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+class ByteSize(click.ParamType[int]):
+    """A byte count: 268435456, 256MiB, 1GiB, 500MB."""
+
+    name = "size"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", value.strip().upper())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write 256MiB, 1GiB or a number of bytes")
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _format_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return find(value).name
+    except UnknownFormatError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: qconvert Qwen3-8B Qwen3-8B-FP8 --algo FP8_PB_WO",
+)
+@click.argument("in_dir", type=click.Path(path_type=Path))
+@click.argument("out_dir", type=click.Path(path_type=Path))
+@click.option("--algo", callback=_format_name, help=f"One format for all: {', '.join(formats())}.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe file, YAML or JSON.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these modules as they are.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize despite the defaults.")
+@click.option("--leave", multiple=True, metavar="PATTERN", help="Files not to copy.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Default: suits the machine.")
+@click.option(
+    "--memory-budget",
+    type=ByteSize(),
+    default="1GiB",
+    show_default=True,
+    help="Bytes of weights in memory at once.",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or Inf.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@click.option("--format", "style", type=click.Choice(["text", "json"]), default="text")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@click.version_option(__version__)
+def qconvert(
+    in_dir: Path,
+    out_dir: Path,
+    algo: str | None,
+    recipe: Path | None,
+    exclude: tuple[str, ...],
+    include: tuple[str, ...],
+    leave: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    memory_budget: int,
+    allow_nonfinite: bool,
+    dry_run: bool,
+    style: str,
+    quiet: bool,
+) -> None:
+    """Convert the checkpoint in IN_DIR to a quantized one in OUT_DIR."""
+    if algo is not None and recipe is None:
+        asked = Recipe(rules=[Rule(match="*", algo=algo)])
+    elif recipe is not None and algo is None:
+        asked = load_recipe(recipe)
+    else:
+        raise click.UsageError("give either --algo or --recipe")
+    asked = asked.model_copy(
+        update={
+            "exclude": [*asked.exclude, *exclude],
+            "include": [*asked.include, *include],
+            "leave": [*asked.leave, *leave],
+            "allow_nonfinite": asked.allow_nonfinite or allow_nonfinite,
+        }
+    )
+    check_paths(in_dir, out_dir)
+    checkpoint = open_checkpoint(in_dir)
+    plan = make_plan(checkpoint, asked)
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    if dry_run:
+        _print_plan(plan, style)
+        return
+    target = resolve(device, formats=sorted({step.algo for step in plan.steps if step.algo}))
+    with progress_bar(quiet=quiet) as watch:
+        report = convert(
+            checkpoint,
+            plan,
+            out_dir,
+            device=target,
+            workers=workers or target.default_workers,
+            budget=memory_budget,
+            watch=watch,
+        )
+    if style == "json":
+        click.echo(report.model_dump_json(indent=1))
+    elif not quiet:
+        click.echo(
+            f"{out_dir}: {human(plan.output_nbytes())}, {report.bits_per_weight:.2f} bits per "
+            f"weight, on {target.name}; check it with: qvalidate {out_dir} --engine vllm "
+            f"--reference {in_dir}",
+            err=True,
+        )
+
+
+def _print_plan(plan: Plan, style: str) -> None:
+    if style == "json":
+        click.echo(plan.model_dump_json(indent=1))
+    else:
+        for line in describe(plan):
+            click.echo(line)
+
+
+def main() -> None:
+    """Run the command; errors of the user's world become one line each and an exit code."""
+    try:
+        qconvert(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        click.echo("qconvert: interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("qconvert: interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except (ConvertError, DocumentError) as error:
+        click.echo(f"qconvert: {error}", err=True)
+        sys.exit(1)

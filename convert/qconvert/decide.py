@@ -1,0 +1,107 @@
+"""What happens to each source tensor, and why: the recipe, then the architecture map. Headers only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qschema.architectures import keep_reason, layer_index, matching, text_config
+from qschema.dtypes import HIGH_PRECISION
+from qschema.formats import Format, find
+from qschema.recipe import Recipe
+from qschema.safetensors import Stored
+from qschema.strict import Json
+
+from qconvert.errors import ConvertError
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One tensor's fate: `declared` is its format, None if it is kept."""
+
+    tensor: Stored
+    module: str
+    declared: Format | None
+    reason: str
+
+
+def module_of(name: str) -> str:
+    """Return the module that owns the tensor `name`."""
+    return name.removesuffix(".weight")
+
+
+def decide(
+    tensor: Stored, *, recipe: Recipe, config: Mapping[str, Json], used: set[str]
+) -> Decision:
+    """Return what `recipe` and the architecture map make of `tensor`.
+
+    `used` collects the recipe's patterns that matched something. Raises ConvertError for a tensor
+    that can be neither quantized nor kept in good conscience: experts stacked in three dimensions,
+    or a weight that its format can't take.
+    """
+    module = module_of(tensor.name)
+
+    def keep(reason: str) -> Decision:
+        return Decision(tensor, module, None, reason)
+
+    excluded = _ancestor_matching(module, recipe.exclude, used)
+    if excluded is not None:
+        return keep(f"excluded by {excluded!r}")
+    if tensor.dtype not in HIGH_PRECISION:
+        return keep(f"{tensor.dtype} is not quantized")
+    if len(tensor.shape) > 2:
+        return keep(_high_rank(tensor, module, config))
+    if len(tensor.shape) < 2 or not tensor.name.endswith(".weight"):
+        return keep("not the weight of a linear layer")
+    if not _ancestor_matching(module, recipe.include, used):
+        reason = keep_reason(module, config=config) or _vocabulary(tensor, config)
+        if reason is not None:
+            return keep(reason)
+    if 0 in tensor.shape:
+        return keep("has no elements")
+    for rule in recipe.rules:
+        if matching(module, [rule.match]):
+            used.add(rule.match)
+            return _quantize(tensor, module, find(rule.algo), rule.match)
+    return keep("no rule matches")
+
+
+def _quantize(tensor: Stored, module: str, declared: Format, match: str) -> Decision:
+    rows, columns = tensor.shape
+    obstacle = declared.obstacle(rows=rows, columns=columns, dtype=tensor.dtype)
+    if obstacle is not None:
+        raise ConvertError(
+            f"{tensor.file}::{tensor.name}: {obstacle}; keep it with --exclude {module!r}"
+        )
+    return Decision(tensor, module, declared, f"rule {match!r}")
+
+
+def _high_rank(tensor: Stored, module: str, config: Mapping[str, Json]) -> str:
+    """Return why a tensor of three or more dimensions is kept; refuse what may be experts."""
+    reason = keep_reason(module, config=config)
+    if reason is not None:
+        return reason
+    if "conv" in module or len(tensor.shape) > 3:
+        return "convolution"
+    raise ConvertError(
+        f"{tensor.file}::{tensor.name}: {tensor.dtype} {list(tensor.shape)} looks like experts "
+        "stacked in one tensor, which this version can't quantize; keep it as it is with "
+        f"--exclude {module!r}, or save the model with one tensor per expert"
+    )
+
+
+def _vocabulary(tensor: Stored, config: Mapping[str, Json]) -> str | None:
+    """Return why a weight outside the layers with a row per token is kept: an embedding or a head."""
+    size = text_config(config).get("vocab_size")
+    if tensor.shape[0] == size and layer_index(tensor.name) is None:
+        return "has a row per token of the vocabulary"
+    return None
+
+
+def _ancestor_matching(module: str, patterns: list[str], used: set[str]) -> str | None:
+    """Return the first pattern that matches `module` or a module above it."""
+    parts = module.split(".")
+    for pattern in patterns:
+        for depth in range(len(parts), 0, -1):
+            if matching(".".join(parts[:depth]), [pattern]):
+                used.add(pattern)
+                return pattern
+    return None

@@ -1,0 +1,62 @@
+"""A plan and a finished run in words: what becomes what, sizes, effective bits, what stays and why."""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+from qschema.plan import Plan, Step
+
+from qconvert.convert import effective_bits
+from qconvert.errors import human
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """Yield the lines of a plan for a person; layers and experts that are alike share a line."""
+    source = plan.source
+    yield f"source   {source.model_type or 'unknown model type'}, {human(source.nbytes)}"
+    quantized = [step for step in plan.steps if step.algo]
+    kept = [step for step in plan.steps if not step.algo]
+    yield (
+        f"output   {human(plan.output_nbytes())} in {len(plan.shards)} files, "
+        f"{effective_bits(plan, quantized_only=False):.2f} bits per weight "
+        f"({effective_bits(plan, quantized_only=True):.3f} where quantized)"
+    )
+    yield f"quantize {len(quantized)} tensors, {_sizes(quantized)}"
+    yield from _lines(quantized)
+    yield f"keep     {len(kept)} tensors, {human(sum(step.source.nbytes for step in kept))}"
+    yield from _lines(kept)
+    yield f"exclude  {', '.join(plan.exclude_modules) or 'nothing'}"
+    for action in ("write", "copy", "leave"):
+        files = [side for side in plan.side_files if side.action == action]
+        yield f"{action:8} {len(files)} files"
+        for side in files:
+            size = f" ({human(side.nbytes)})" if side.nbytes is not None else ""
+            yield f"  {side.file}{size}: {side.reason}"
+
+
+def _sizes(steps: list[Step]) -> str:
+    before = sum(step.source.nbytes for step in steps)
+    after = sum(span.nbytes for step in steps for span in step.outputs)
+    return f"{human(before)} -> {human(after)}"
+
+
+def _lines(steps: list[Step]) -> Iterator[str]:
+    def likeness(step: Step) -> tuple[str, str, str]:
+        return _NUMBER.sub("*", step.source.name), _becomes(step), step.reason
+
+    for (name, becomes, reason), group in groupby(sorted(steps, key=likeness), key=likeness):
+        same = list(group)
+        count = f" x{len(same)}" if len(same) > 1 else ""
+        shown = name if len(same) > 1 else same[0].source.name
+        yield f"  {shown}{count}: {becomes} ({reason})"
+
+
+def _becomes(step: Step) -> str:
+    source = f"{step.source.dtype} {step.source.shape}"
+    if not step.algo:
+        return source
+    module = step.source.name.removesuffix("weight")
+    parts = [f"{span.name.removeprefix(module)} {span.dtype} {span.shape}" for span in step.outputs]
+    return f"{source} -> {step.algo}: {', '.join(parts)}"

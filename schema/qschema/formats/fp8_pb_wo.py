@@ -1,0 +1,41 @@
+"""FP8_PB_WO: E4M3 weights, one f32 scale per 128x128 block; activations are quantized by the engine.
+
+    weight        F8_E4M3 [N, K]                            one byte per element, row major
+    weight_scale  F32     [ceil(N/128), 1, ceil(K/128), 1]  never squeezed, also for a single block
+
+Source: ModelOpt 0.47.0 export/quant_utils.py:889-892, quantization/qtensor/fp8_tensor.py:57-111;
+read by vLLM 0.33.0 model_executor/layers/quantization/modelopt.py:2491-2528.
+Not here: fp8_pb_real (2-D scales, bf16-rounded) and DeepSeek's weight_scale_inv.
+"""
+
+from qschema.formats.declare import Format, TensorSpec
+
+FORMAT = Format(
+    name="FP8_PB_WO",
+    # lower case as ModelOpt writes it: vLLM folds case, TensorRT-LLM knows this spelling only
+    spelling="fp8_pb_wo",
+    title="FP8 E4M3, 128x128 blocks",
+    tensors=(
+        TensorSpec(
+            suffix="weight",
+            dtype="F8_E4M3",
+            shape=("N", "K"),
+            role="codes",
+            meaning="E4M3 codes",
+        ),
+        TensorSpec(
+            suffix="weight_scale",
+            dtype="F32",
+            shape=("ceil(N/128)", "1", "ceil(K/128)", "1"),
+            role="scale",
+            meaning="scale of each 128x128 block; edge blocks are ragged",
+        ),
+    ),
+    block_rows=128,
+    formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero block; code = e4m3(w / scale)",
+    source="ModelOpt 0.47.0 export/quant_utils.py:889-892, quantization/qtensor/fp8_tensor.py:57-111",
+    departures=(
+        "a weight of one block keeps its 4-D scale; ModelOpt writes a 0-d scalar",
+        "one-block siblings (q/k/v, gate/up) keep a scale each; ModelOpt gives them the largest",
+    ),
+)

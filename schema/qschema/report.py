@@ -1,0 +1,56 @@
+"""What a conversion did: `qconvert_report.json`, written into the checkpoint as its provenance.
+
+Same input, recipe and version give the same bytes: no times, no paths, no machine in it.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from qschema.plan import SideFile, Source, Tool
+from qschema.recipe import Recipe
+from qschema.strict import Strict
+
+
+class WrittenTensor(Strict):
+    """One tensor of the output; `sha256` is of its raw bytes in the file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class TensorReport(Strict):
+    """What became of one source tensor."""
+
+    source: str
+    dtype: str
+    shape: list[int]
+    action: Literal["quantize", "keep", "drop"]
+    algo: str | None = None
+    reason: str
+    outputs: list[WrittenTensor]
+    # ||w - dequantized|| / ||w|| over the finite elements, six significant digits; null if kept
+    relative_error: float | None = None
+    # finite elements that the largest code clips by more than rounding (|w / scale| > 464 for E4M3)
+    num_saturated: int | None = None
+    # NaN and Inf in the source; above zero only if the recipe allows it; null for integer tensors
+    num_nonfinite: int | None = None
+
+
+class Report(Strict):
+    """The provenance of a converted checkpoint, one entry per source tensor."""
+
+    document: Literal["qconvert-report"] = "qconvert-report"
+    version: Literal[1] = 1
+    tool: Tool
+    recipe: Recipe
+    source: Source
+    plan_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    # stored bits over the number of elements, for the quantized weights and for the whole checkpoint
+    bits_per_quantized_weight: float
+    bits_per_weight: float
+    tensors: list[TensorReport]
+    side_files: list[SideFile]
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,210 @@
+"""The ground that every document stands on: strict models and a JSON loader that loses nothing.
+
+A model here says what a file may contain and never changes what it did contain: unknown keys are
+errors, values are not coerced, nothing is filled in behind the reader's back (derive in a method).
+"""
+
+import json
+from pathlib import Path
+from typing import Literal, Self, TypeAlias
+
+import pydantic
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class Strict(BaseModel):
+    """Base of every document model: immutable, no unknown keys, no coercion between JSON types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    @classmethod
+    def parse(cls, document: Json, *, file: str) -> Self:
+        """Return the model of a parsed JSON `document`.
+
+        Raises DocumentError, which lists every violation with its `$.json.path`.
+        """
+        try:
+            return cls.model_validate(document)
+        except pydantic.ValidationError as error:
+            raise DocumentError(findings_of(error, file=file, document=document)) from None
+
+
+class Verbatim(Strict):
+    """Base of models of other people's files: dumps back the JSON it was parsed from.
+
+    Keys come out in the order of the file, and keys that the file did not have are not added.
+    """
+
+    _keys: tuple[str, ...] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_keys(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        model = handler(value)
+        if isinstance(value, dict):
+            model._keys = tuple(value)
+        return model
+
+    @model_serializer(mode="wrap")
+    def _in_file_order(self, handler: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        data: dict[str, JsonValue] = handler(self)
+        return data if self._keys is None else {key: data[key] for key in self._keys}
+
+
+class Finding(Strict):
+    """One thing that is wrong: where, by which rule, and what was found, what was expected."""
+
+    file: str
+    # a JSON path ("$.quantization.quant_algo") or a tensor's name; empty for the file as a whole
+    where: str
+    rule: str
+    message: str
+    severity: Literal["error", "warning", "note"] = "error"
+
+    def __str__(self) -> str:
+        place = f"{self.file}::{self.where}" if self.where else self.file
+        level = "" if self.severity == "error" else f"{self.severity}: "
+        return f"{place}: {self.rule}: {level}{self.message}"
+
+
+class DocumentError(ValueError):
+    """A file is not what it should be. `findings` has one entry per violation."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        self.findings = findings
+        super().__init__("\n".join(str(finding) for finding in findings))
+
+    @classmethod
+    def of(cls, file: str | Path, where: str, rule: str, message: str) -> Self:
+        """Return the error with a single finding."""
+        return cls([Finding(file=str(file), where=where, rule=rule, message=message)])
+
+
+def violation(rule: str, message: str) -> PydanticCustomError:
+    """Return the error that a model's validator raises; `rule` becomes the finding's rule id."""
+    return PydanticCustomError(rule.replace("-", "_"), "{message}", {"message": message})
+
+
+def json_path(loc: tuple[int | str, ...]) -> str:
+    """Return pydantic's error location as a JSON path: ("a", 0, "b.c") -> `$.a[0]['b.c']`."""
+    path = "$"
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.replace("_", "a").replace("-", "a").isalnum():
+            path += f".{part}"
+        else:
+            path += f"[{part!r}]"
+    return path
+
+
+def findings_of(
+    error: pydantic.ValidationError, *, file: str, document: Json = None
+) -> list[Finding]:
+    """Return one finding per violation that pydantic reports; the rule id is pydantic's error type.
+
+    `document` is what was validated: pydantic's locations also name the members of unions that it
+    tried, and only the parts that exist in the document belong in a JSON path.
+    """
+    return [
+        Finding(
+            file=file,
+            where=json_path(_real(detail["loc"], document, detail["type"])),
+            rule=detail["type"].replace("_", "-"),
+            message=_message(detail["msg"], detail["type"], detail["input"]),
+        )
+        for detail in error.errors(include_url=False)
+    ]
+
+
+def _real(loc: tuple[int | str, ...], document: Json, kind: str) -> tuple[int | str, ...]:
+    if not isinstance(document, dict | list):
+        return loc
+    node: Json = document
+    kept: list[int | str] = []
+    for index, part in enumerate(loc):
+        inside, node = _step(node, part)
+        if inside or (kind == "missing" and index == len(loc) - 1):
+            kept.append(part)
+    return tuple(kept)
+
+
+def _step(node: Json, part: int | str) -> tuple[bool, Json]:
+    if isinstance(node, dict) and isinstance(part, str) and part in node:
+        return True, node[part]
+    if isinstance(node, list) and isinstance(part, int) and part < len(node):
+        return True, node[part]
+    return False, node
+
+
+def _message(text: str, kind: str, found: object) -> str:
+    text = text.removeprefix("Value error, ")
+    if kind == "value_error" or isinstance(found, dict | list):
+        return text
+    shown = json.dumps(found) if found is None or isinstance(found, bool) else repr(found)
+    return f"{text}, found {shown}" if len(shown) <= 120 else text
+
+
+def load_json(path: Path) -> Json:
+    """Return the JSON document at `path`.
+
+    Raises DocumentError for text that is not UTF-8, not JSON, has a key twice, or has NaN/Infinity
+    (none of them JSON), with line and column; OSError if the file can't be read.
+    """
+    return parse_json(path.read_bytes(), file=str(path))
+
+
+def parse_json(data: bytes, *, file: str) -> Json:
+    """Return the JSON document in `data`; errors as in `load_json`, naming `file`."""
+    try:
+        document: Json = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+        )
+    except UnicodeDecodeError as error:
+        raise DocumentError.of(
+            file, "$", "json-utf8", f"expected UTF-8 text, byte {error.start} is not"
+        ) from None
+    except json.JSONDecodeError as error:
+        message = f"not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        raise DocumentError.of(file, "$", "json-syntax", message) from None
+    except RecursionError:
+        raise DocumentError.of(file, "$", "json-syntax", "nested too deeply") from None
+    except _Rejected as error:
+        raise DocumentError.of(file, "$", error.rule, str(error)) from None
+    except ValueError as error:
+        # Python's own limit on the digits of an integer
+        raise DocumentError.of(file, "$", "json-number", str(error).split(";")[0]) from None
+    return document
+
+
+class _Rejected(Exception):
+    def __init__(self, rule: str, message: str) -> None:
+        self.rule = rule
+        super().__init__(message)
+
+
+def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Rejected("json-duplicate-key", f"key {key!r} appears more than once")
+            seen.add(key)
+    return result
+
+
+def _no_constants(name: str) -> Json:
+    raise _Rejected("json-constant", f"{name} is not JSON")
