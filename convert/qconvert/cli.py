@@ -3,18 +3,12 @@
 Exit codes: 0 done, 1 the conversion failed or was interrupted, 2 the command makes no sense.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import click
-from qschema import __version__
-from qschema.checkpoint import open_checkpoint
-from qschema.formats import UnknownFormatError, find, formats
-from qschema.plan import Plan
-from qschema.recipe import Recipe, Rule
-from qschema.recipe_file import load_recipe
-from qschema.strict import DocumentError
 
 from qconvert.backends import resolve
 from qconvert.convert import convert
@@ -23,6 +17,13 @@ from qconvert.output import check_paths
 from qconvert.planner import make_plan
 from qconvert.progress import progress_bar
 from qconvert.summary import describe
+from qschema import __version__
+from qschema.checkpoint import open_checkpoint
+from qschema.formats import UnknownFormatError, find, formats
+from qschema.plan import Plan
+from qschema.recipe import Recipe, Rule
+from qschema.recipe_file import load_recipe
+from qschema.strict import DocumentError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -154,12 +155,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         click.echo("qconvert: interrupted; nothing was written", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("qconvert: interrupted; nothing was written", err=True)
-        sys.exit(130)
+        sys.stdout.flush()
+        # all is cleaned up; torch, cut off in its work, may abort in the interpreter's own teardown
+        os._exit(130)
     except (ConvertError, DocumentError) as error:
         click.echo(f"qconvert: {error}", err=True)
         sys.exit(1)

@@ -1,13 +1,9 @@
-"""A conversion from end to end: weights, side files and documents, into a partial directory, renamed."""
+"""A conversion from end to end: weights, side files, documents, and the rename at the end."""
 
 import os
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-
-from qschema.checkpoint import Checkpoint
-from qschema.plan import Plan
-from qschema.report import Report, TensorReport
 
 from qconvert import documents
 from qconvert.backends import Device
@@ -16,6 +12,9 @@ from qconvert.files import disk_full
 from qconvert.output import check_paths, check_space, copy_file, partial_directory, write_file
 from qconvert.pipeline import Progress, run
 from qconvert.side_files import CONFIG, QUANT_CONFIG, REPORT
+from qschema.checkpoint import Checkpoint
+from qschema.plan import Plan
+from qschema.report import Report, TensorReport
 
 # room for JSON, directories and the file system's own books
 _SLACK_NBYTES = 16 << 20

@@ -1,16 +1,15 @@
-"""What happens to each source tensor, and why: the recipe, then the architecture map. Headers only."""
+"""What happens to each source tensor, and why: first the recipe, then the architecture map."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qconvert.errors import ConvertError
 from qschema.architectures import keep_reason, layer_index, matching, text_config
 from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format, find
 from qschema.recipe import Recipe
 from qschema.safetensors import Stored
 from qschema.strict import Json
-
-from qconvert.errors import ConvertError
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _high_rank(tensor: Stored, module: str, config: Mapping[str, Json]) -> str:
 
 
 def _vocabulary(tensor: Stored, config: Mapping[str, Json]) -> str | None:
-    """Return why a weight outside the layers with a row per token is kept: an embedding or a head."""
+    """Return why a weight with a row per token is kept: an embedding or a head by any name."""
     size = text_config(config).get("vocab_size")
     if tensor.shape[0] == size and layer_index(tensor.name) is None:
         return "has a row per token of the vocabulary"

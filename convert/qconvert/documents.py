@@ -1,7 +1,7 @@
 """The JSON files of the output: config.json, hf_quant_config.json and the index.
 
-Layout: ModelOpt 0.47.0 export/unified_export_hf.py:1464-1492 and export/convert_hf_config.py:188-282,
-key order included. vLLM obeys config.json's quantization_config and looks at the file only without it.
+Layout: ModelOpt 0.47.0 export/unified_export_hf.py:1464-1492, export/convert_hf_config.py:188-282,
+key order included. vLLM obeys config.json's quantization_config, the file only without that.
 """
 
 import json

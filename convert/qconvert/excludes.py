@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 def collapse(unquantized: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Return the sorted patterns that name every module of `unquantized` and none of `quantized`."""
+    """Return sorted patterns that name every module of `unquantized`, none of `quantized`."""
     taken = sorted(quantized)
 
     def is_taken(prefix: str) -> bool:

@@ -10,10 +10,9 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from qconvert.errors import ConvertError
 from qschema.plan import OutputShard, Plan
 from qschema.safetensors import Entry, layout
-
-from qconvert.errors import ConvertError
 
 
 class Files:

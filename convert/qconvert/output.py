@@ -38,7 +38,7 @@ def check_paths(source: Path, output: Path) -> None:
 
 
 def check_space(output: Path, nbytes: int) -> None:
-    """Refuse to start what can't fit: raises ConvertError if the disk has less than `nbytes` free."""
+    """Refuse what can't fit: raises ConvertError if the disk has less than `nbytes` free."""
     stats = os.statvfs(output.resolve().parent)
     free = stats.f_bavail * stats.f_frsize
     if free < nbytes:

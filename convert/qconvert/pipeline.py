@@ -14,15 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qschema.dtypes import HIGH_PRECISION
-from qschema.formats import find
-from qschema.plan import Plan, Span, Step
-from qschema.report import TensorReport, WrittenTensor
-
 from qconvert.backends import Backend, Device, Task
 from qconvert.errors import ConvertError
 from qconvert.files import Files
 from qconvert.slices import Cut, aligned, cuts, rows_per_slice
+from qschema.dtypes import HIGH_PRECISION
+from qschema.formats import find
+from qschema.plan import Plan, Span, Step
+from qschema.report import TensorReport, WrittenTensor
 
 # bytes of a tensor that is only copied, per read
 _COPY_NBYTES = 4 << 20

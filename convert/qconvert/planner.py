@@ -3,17 +3,16 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+from qconvert.decide import Decision, decide
+from qconvert.errors import ConvertError, some
+from qconvert.excludes import collapse
+from qconvert.side_files import side_files
 from qschema import __version__
 from qschema.architectures import KNOWN, REFUSED, fused_siblings, has_tied_head, text_config
 from qschema.checkpoint import Checkpoint
 from qschema.plan import OutputShard, Plan, Source, Span, Step, Tool, Unit
 from qschema.recipe import Recipe
 from qschema.safetensors import Entry, Stored, layout
-
-from qconvert.decide import Decision, decide
-from qconvert.errors import ConvertError, some
-from qconvert.excludes import collapse
-from qconvert.side_files import side_files
 
 # tensors that only a quantized checkpoint has, by the end of their names
 _QUANTIZED_SUFFIXES = (

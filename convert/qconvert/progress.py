@@ -34,6 +34,4 @@ def progress_bar(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         transient=True,
     ) as bar:
         task = bar.add_task("converting", total=None)
-        yield lambda progress: bar.update(
-            task, completed=sum(progress.done), total=progress.total
-        )
+        yield lambda progress: bar.update(task, completed=sum(progress.done), total=progress.total)

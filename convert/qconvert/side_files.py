@@ -2,11 +2,10 @@
 
 from fnmatch import fnmatchcase
 
+from qconvert.errors import ConvertError, some
 from qschema.checkpoint import OTHER_WEIGHTS, PICKLES, Checkpoint
 from qschema.plan import SideFile
 from qschema.recipe import Recipe
-
-from qconvert.errors import ConvertError, some
 
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"

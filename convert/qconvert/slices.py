@@ -8,10 +8,9 @@ rows, so the bytes of rows [start, stop) lie between the sizes that the declarat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qconvert.errors import ConvertError, human
 from qschema.dtypes import nbytes
 from qschema.formats import Format
-
-from qconvert.errors import ConvertError, human
 
 _ALIGN = 64
 

@@ -1,13 +1,12 @@
-"""A plan and a finished run in words: what becomes what, sizes, effective bits, what stays and why."""
+"""A plan in words: what becomes what, sizes, effective bits, what stays and why."""
 
 import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from qschema.plan import Plan, Step
-
 from qconvert.convert import effective_bits
 from qconvert.errors import human
+from qschema.plan import Plan, Step
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -9,6 +9,7 @@ its presets leave alone); vLLM 0.33.0 packed_modules_mapping of its models (what
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from qschema.strict import Json, Strict
 
@@ -113,7 +114,8 @@ KNOWN = frozenset(
 # model types that can't be converted, each with the reason
 REFUSED: Mapping[str, str] = dict.fromkeys(
     ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"),
-    "stores its linear weights transposed (Conv1D, [in, out]); engines have no quantized layer for it",
+    "stores its linear weights transposed (Conv1D, [in, out]); engines have no quantized layer "
+    "for it",
 )
 
 
@@ -165,7 +167,7 @@ def has_tied_head(config: Mapping[str, Json]) -> bool:
 def layer_index(module: str) -> int | None:
     """Return the number after `layers` in a name, None for what is in no layer."""
     parts = module.split(".")
-    for name, index in zip(parts, parts[1:], strict=False):
+    for name, index in pairwise(parts):
         if name == "layers" and index.isdigit():
             return int(index)
     return None

@@ -1,4 +1,4 @@
-"""Where tensors are encoded: the native CPU kernels, torch on the CPU, or one CUDA device per worker.
+"""Where tensors are encoded: native CPU kernels, torch on the CPU, or a CUDA device.
 
 Every backend gives the same bytes. A backend belongs to one worker thread; it owns no files.
 """
@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from qschema.formats import Format
-
 from qconvert.errors import ConvertError
+from qschema.formats import Format
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Device:
-    """What `--device` resolved to: its name, how many workers suit it, and how to make a backend."""
+    """What `--device` resolved to: its name, the workers that suit it, how to make a backend."""
 
     name: str
     default_workers: int
@@ -76,7 +75,9 @@ def resolve(device: str, *, formats: list[str]) -> Device:
     know every format of `formats`, else torch. Raises ConvertError for what is not here.
     """
     kind, _, ordinal = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (ordinal and (kind != "cuda" or not ordinal.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (
+        ordinal and (kind != "cuda" or not ordinal.isdigit())
+    ):
         raise ConvertError(f"--device {device!r}: expected auto, cpu, cuda or cuda:N")
     num_gpus = count_gpus() if kind != "cpu" else 0
     if kind == "cuda" and int(ordinal or 0) >= num_gpus:

@@ -2,9 +2,9 @@
 
 import mmap
 
-from qkernels import native
-
 from qconvert.backends import Counts, Task, address
+from qkernels import native
+from qschema.dtypes import BITS
 
 
 class NativeBackend:
@@ -33,7 +33,9 @@ class NativeBackend:
 
     def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
         """Return how many elements are NaN or Inf."""
-        return native.count_nonfinite(address(source), dtype, len(source) * 8 // _BITS[dtype])
+        return count_nonfinite(source, dtype=dtype)
 
 
-_BITS = {"F32": 32, "F16": 16, "BF16": 16}
+def count_nonfinite(source: memoryview, *, dtype: str) -> int:
+    """Return how many elements of `source`, memory of F32, F16 or BF16, are NaN or Inf."""
+    return native.count_nonfinite(address(source), dtype, len(source) * 8 // BITS[dtype])

@@ -1,4 +1,4 @@
-"""The formats, one module each. A module here that defines `FORMAT` is a format; there is no other list."""
+"""The formats, one module each: a module here that defines `FORMAT` is one; there is no list."""
 
 import difflib
 from collections.abc import Mapping

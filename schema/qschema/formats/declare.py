@@ -15,11 +15,13 @@ from pydantic import Field
 from qschema.dtypes import BITS
 from qschema.strict import Strict
 
-_DIM = re.compile(r"(?P<literal>\d+)|(?P<axis>[NK])(?:/(?P<exact>\d+))?|ceil\((?P<ragged>[NK])/(?P<block>\d+)\)")
+_DIM = re.compile(
+    r"(?P<literal>\d+)|(?P<axis>[NK])(?:/(?P<exact>\d+))?|ceil\((?P<ragged>[NK])/(?P<block>\d+)\)"
+)
 
 
 class TensorSpec(Strict):
-    """One tensor that a quantized Linear [N, K] owns; its name is the module's name, a dot, `suffix`."""
+    """One tensor that a quantized Linear [N, K] owns, named: the module, a dot, `suffix`."""
 
     suffix: str
     dtype: str

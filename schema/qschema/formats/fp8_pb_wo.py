@@ -1,4 +1,4 @@
-"""FP8_PB_WO: E4M3 weights, one f32 scale per 128x128 block; activations are quantized by the engine.
+"""FP8_PB_WO: E4M3 weights, one f32 scale per 128x128 block; engines quantize activations.
 
     weight        F8_E4M3 [N, K]                            one byte per element, row major
     weight_scale  F32     [ceil(N/128), 1, ceil(K/128), 1]  never squeezed, also for a single block
@@ -33,7 +33,7 @@ FORMAT = Format(
     ),
     block_rows=128,
     formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero block; code = e4m3(w / scale)",
-    source="ModelOpt 0.47.0 export/quant_utils.py:889-892, quantization/qtensor/fp8_tensor.py:57-111",
+    source="ModelOpt 0.47.0 export/quant_utils.py:889-892, qtensor/fp8_tensor.py:57-111",
     departures=(
         "a weight of one block keeps its 4-D scale; ModelOpt writes a 0-d scalar",
         "one-block siblings (q/k/v, gate/up) keep a scale each; ModelOpt gives them the largest",

@@ -1,4 +1,4 @@
-"""FP8_PER_CHANNEL_PER_TOKEN: E4M3 weights, one f32 scale per output row; the engine scales per token.
+"""FP8_PER_CHANNEL_PER_TOKEN: E4M3 weights, one f32 scale per row; engines scale per token.
 
     weight        F8_E4M3 [N, K]  one byte per element, row major
     weight_scale  F32     [N]     1-D: vLLM asserts on [N, 1]

@@ -1,0 +1,390 @@
+"""The command, as a user meets it: its output, its exit codes, one clear line per error."""
+
+import json
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qschema.plan import Plan
+from qschema.report import Report
+
+Make = Callable[..., Path]
+RUN = [sys.executable, "-c", "from qconvert.cli import main; main()"]
+W = torch.randn(256, 256, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+
+
+def qconvert(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def test_a_conversion_is_quiet_on_stdout_and_says_what_to_do_next(
+    llama: Path, tmp_path: Path
+) -> None:
+    done = qconvert(llama, tmp_path / "out", "--algo", "fp8_pb_wo", "--device", "cpu")
+
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"qvalidate {tmp_path / 'out'} --engine vllm" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_side_files_are_copied_byte_for_byte_with_umask_modes(llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for file in llama.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+        (source / file.name).chmod(0o600)
+    (source / "remote").mkdir()
+    (source / "remote" / "modeling.py").write_text("x = 1\n")
+
+    qconvert(source, tmp_path / "out", "--algo", "FP8_PB_WO", "-q", "--device", "cpu")
+
+    names = {"chat_template.jinja", "tokenizer.json", "generation_config.json"}
+    for name in (*names, "tokenizer_config.json", "remote/modeling.py"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (tmp_path / "out").iterdir():
+        if file.is_file():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    done = qconvert(llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--dry-run")
+
+    assert done.returncode == 0
+    for line in (
+        "quantize 14 tensors",
+        "model.layers.*.self_attn.q_proj.weight x2: BF16 [256, 256] -> FP8_PB_WO: weight F8_E4M3 "
+        "[256, 256], weight_scale F32 [2, 1, 2, 1]",
+        "lm_head.weight: BF16 [512, 256] (output head)",
+        "exclude  lm_head, model.embed_tokens",
+        "tokenizer.json",
+    ):
+        assert line in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_as_json_is_the_plan(llama: Path, tmp_path: Path) -> None:
+    done = qconvert(llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--dry-run", "--format", "json")
+
+    assert Plan.parse(json.loads(done.stdout), file="stdout").recipe.rules[0].algo == "FP8_PB_WO"
+
+
+def test_the_report_is_in_the_output_and_on_stdout_if_asked(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = qconvert(llama, out, "--algo", "FP8_PB_WO", "--format", "json", "--device", "cpu")
+
+    report = Report.parse(json.loads(done.stdout), file="stdout")
+    assert json.loads((out / "qconvert_report.json").read_text()) == json.loads(done.stdout)
+    assert report.bits_per_quantized_weight == pytest.approx(8, abs=0.01)
+
+
+def test_a_cpu_conversion_imports_no_torch(llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from qconvert.cli import qconvert; "
+        f"qconvert([{str(llama)!r}, {str(tmp_path / 'out')!r}, '--algo', 'FP8_PB_WO', '-q', "
+        "'--device', 'cpu'], standalone_mode=False); "
+        "print([name for name in ('torch', 'numpy', 'triton') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
+
+
+def test_a_recipe_file_does_what_the_options_do(llama: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules:\n  - {match: '*', algo: fp8_pb_wo}\nexclude: ['model.layers.0']\n")
+
+    qconvert(llama, tmp_path / "a", "--recipe", recipe, "-q", "--device", "cpu")
+    qconvert(
+        llama, tmp_path / "b", "--algo", "FP8_PB_WO", "--exclude", "model.layers.0", "-q",
+        "--device", "cpu",
+    )  # fmt: skip
+
+    for file in (tmp_path / "a").glob("model*"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    config = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())
+    assert config["quantization"]["exclude_modules"] == [
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.0*",
+    ]
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, make: Make) -> None:
+    source = make({"model.layers.0.mlp.up_proj.weight": W})
+    # 2 GiB of zeros that take no disk
+    rows, columns = 1 << 15, 1 << 15
+    nbytes = rows * columns * 2
+    header = json.dumps(
+        {
+            "model.layers.0.mlp.up_proj.weight": {
+                "dtype": "BF16",
+                "shape": [rows, columns],
+                "data_offsets": [0, nbytes],
+            }
+        }
+    ).encode()
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + nbytes)
+    code = (
+        "from pathlib import Path; from qconvert.cli import qconvert; "
+        f"qconvert([{str(source)!r}, {str(tmp_path / 'out')!r}, '--algo', 'FP8_PB_WO', '-q', "
+        "'--device', 'cpu', '--memory-budget', '64MiB'], standalone_mode=False); "
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    # the interpreter and pydantic take about 50 MiB
+    assert int(done.stdout) < (64 + 128) * 1024
+
+
+def test_a_terminal_gets_a_bar(llama: Path, tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    command = [*RUN, str(llama), str(tmp_path / "out"), "--algo", "FP8_PB_WO", "--device", "cpu"]
+    with subprocess.Popen(command, stderr=terminal) as process:
+        process.wait(timeout=60)
+    os.close(terminal)
+    shown = os.read(main, 1 << 16).decode()
+    os.close(main)
+
+    assert "converting" in shown
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, make: Make) -> None:
+    source = make({"model.layers.0.mlp.up_proj.weight": torch.randn(8192, 8192)})
+    # one worker without the native kernels takes seconds for this
+    env = {**os.environ, "QKERNELS_NATIVE": "0"}
+    command = [*RUN, str(source), str(tmp_path / "out"), "--algo", "FP8_PB_WO", "--workers", "1"]
+    with subprocess.Popen(
+        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        while not (tmp_path / "out.partial" / "model.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+
+    assert words.strip() == "qconvert: interrupted; nothing was written"
+    assert process.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+BAD_WORDS = [
+    (["--algo", "FP8_PBWO"], 2, "unknown algorithm 'FP8_PBWO'; did you mean FP8_PB_WO?"),
+    ([], 2, "give either --algo or --recipe"),
+    (["--algo", "FP8_PB_WO", "--recipe", "r.yaml"], 2, "give either --algo or --recipe"),
+    (["--algo", "FP8_PB_WO", "--memory-budget", "lots"], 2, "'lots' is not a size"),
+    (["--algo", "FP8_PB_WO", "--device", "tpu"], 1, "expected auto, cpu, cuda or cuda:N"),
+    (["--algo", "FP8_PB_WO", "--device", "cuda:99"], 1, "this machine shows"),
+    (["--algo", "FP8_PB_WO", "--workers", "0"], 2, "0 is not in the range"),
+    (["--recipe", "nowhere.yaml"], 1, "nowhere.yaml: recipe-missing: no such file"),
+    (["--algo", "FP8_PB_WO", "--device", "cpu", "--memory-budget", "64KiB"], 1, "raise --memory-"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), BAD_WORDS)
+def test_a_bad_command_is_one_clear_error(
+    llama: Path, tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    done = qconvert(llama, tmp_path / "out", *words)
+
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("rules: [{match: '*', algo: FP8_PB_WO}]\nexcludes: []", "$.excludes: extra-forbidden"),
+        ("rules: [{match: '*', algo: FP8_PBWO}]", "$.rules[0].algo: unknown-algo"),
+        ("rules: []", "$.rules: too-short"),
+        ("rules: [{match: '*', algo: FP8_PB_WO}]\nrules: []", "$: yaml-syntax: "),
+        ("rules: [", "$: yaml-syntax: "),
+        ("- 1", "$: "),
+    ],
+)
+def test_a_bad_recipe_names_the_place(llama: Path, tmp_path: Path, text: str, finding: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+
+    done = qconvert(llama, tmp_path / "out", "--recipe", recipe)
+
+    assert done.returncode == 1
+    assert f"{recipe}::{finding}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def break_nothing_there(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def break_empty(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
+def break_pickled(path: Path) -> None:
+    break_empty(path)
+    (path / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def break_truncated(path: Path) -> None:
+    os.truncate(path / "b.safetensors", 1000)
+
+
+def break_header_size(path: Path) -> None:
+    (path / "b.safetensors").write_bytes((200 << 20).to_bytes(8, "little") + b"{")
+
+
+def break_lfs(path: Path) -> None:
+    (path / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def _header(path: Path, text: str, nbytes: int) -> None:
+    (path / "b.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text.encode() + bytes(nbytes)
+    )
+
+
+def _info(dtype: str, shape: list[int], begin: int, end: int) -> str:
+    return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]})
+
+
+def break_overlap(path: Path) -> None:
+    one, two = _info("U8", [4], 0, 4), _info("U8", [4], 2, 6)
+    _header(path, f'{{"x":{one},"y":{two}}}', 6)
+
+
+def break_range(path: Path) -> None:
+    _header(path, f'{{"x":{_info("U8", [400], 0, 400)}}}', 6)
+
+
+def break_duplicate(path: Path) -> None:
+    one, two = _info("U8", [4], 0, 4), _info("U8", [4], 4, 8)
+    _header(path, f'{{"x":{one},"x":{two}}}', 8)
+
+
+def break_dtype(path: Path) -> None:
+    _header(path, f'{{"x":{_info("F8_E9M9", [4], 0, 4)}}}', 4)
+
+
+def break_missing_shard(path: Path) -> None:
+    (path / "b.safetensors").unlink()
+
+
+def _index(path: Path, **entries: str) -> None:
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] |= entries
+    file.write_text(json.dumps(index))
+
+
+def break_missing_tensor(path: Path) -> None:
+    _index(path, **{"model.ghost.weight": "b.safetensors"})
+
+
+def break_wrong_shard(path: Path) -> None:
+    _index(path, **{"a.q_proj.weight": "b.safetensors", "b.q_proj.weight": "a.safetensors"})
+
+
+def break_index_path(path: Path) -> None:
+    _index(path, **{"a.q_proj.weight": "../b.safetensors"})
+
+
+def break_twice(path: Path) -> None:
+    save_file({"a.q_proj.weight": W, "b.q_proj.weight": W.clone()}, path / "b.safetensors")
+
+
+def break_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def break_config_json(path: Path) -> None:
+    (path / "config.json").write_text('{"model_type": "llama",}')
+
+
+def break_index_missing(path: Path) -> None:
+    (path / "model.safetensors.index.json").unlink()
+
+
+def break_rival_weights(path: Path) -> None:
+    (path / "model.safetensors").write_bytes((path / "a.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_nothing_there, "checkpoint-missing: does not exist"),
+        (break_empty, "checkpoint-empty: no *.safetensors file; the directory is empty"),
+        (break_pickled, "checkpoint-pickle: holds pickled weights only (pytorch_model.bin)"),
+        (break_truncated, "b.safetensors: safetensors-truncated: has 1000 bytes"),
+        (break_header_size, "safetensors-header-size: header of 209715200 bytes"),
+        (break_lfs, "safetensors-lfs-pointer: is a Git LFS pointer"),
+        (break_overlap, "begins at byte 2, expected 4: overlaps"),
+        (break_range, "b.safetensors: safetensors-truncated: "),
+        (break_duplicate, "json-duplicate-key: key 'x' appears more than once"),
+        (break_dtype, "unknown dtype 'F8_E9M9'"),
+        (break_missing_shard, "index-missing-shard: names b.safetensors for 1 tensors"),
+        (break_missing_tensor, "model.ghost.weight: index-missing-tensor: should be in b.safet"),
+        (break_wrong_shard, "a.q_proj.weight: index-wrong-shard: should be in b.safetensors, is"),
+        (break_index_path, "index-shard-name: expected the name of a file beside the index"),
+        (break_twice, "a.q_proj.weight: tensor-duplicate: is also in a.safetensors"),
+        (break_config, "config-missing: a checkpoint needs its config.json"),
+        (break_config_json, "config.json::$: json-syntax: not JSON"),
+        (break_index_missing, "index-missing: 2 safetensors files"),
+        (break_rival_weights, "weights-ambiguous: model.safetensors and model.safetensors.index"),
+    ],
+)
+def test_a_damaged_input_is_one_clear_error(
+    tmp_path: Path, make: Make, damage: Callable[[Path], None], message: str
+) -> None:
+    source = make(
+        shards={
+            "a.safetensors": {"a.q_proj.weight": W},
+            "b.safetensors": {"b.q_proj.weight": W.clone()},
+        }
+    )
+    damage(source)
+
+    done = qconvert(source, tmp_path / "out", "--algo", "FP8_PB_WO")
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_output_that_exists_is_not_touched(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+
+    done = qconvert(llama, tmp_path / "out", "--algo", "FP8_PB_WO")
+
+    assert done.returncode == 1
+    assert "exists and is not empty; nothing is overwritten" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]

@@ -1,0 +1,134 @@
+"""The output directory: nothing overwritten, nothing half visible, ordinary file modes."""
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from qconvert.errors import ConvertError
+from qconvert.output import check_paths, copy_file, partial_directory, write_file
+
+
+def test_the_directory_appears_whole_and_without_the_marker(tmp_path: Path) -> None:
+    with partial_directory(tmp_path / "out") as partial:
+        write_file(partial / "sub" / "a.json", b"{}")
+        assert not (tmp_path / "out").exists()
+
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/sub",
+        "out/sub/a.json",
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with partial_directory(tmp_path / "out") as partial:
+            write_file(partial / "a.json", b"{}")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    with partial_directory(tmp_path / "out") as partial:
+        write_file(partial / "a.json", b"{}")
+
+    assert (tmp_path / "out" / "a.json").read_bytes() == b"{}"
+
+
+def test_an_output_that_filled_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def race() -> None:
+        with partial_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "precious").write_text("x")
+
+    with pytest.raises(OSError, match="not empty"):
+        race()
+
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".qconvert-partial").touch()
+    (partial / "model.safetensors").write_bytes(b"half")
+
+    with partial_directory(tmp_path / "out"):
+        pass
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_foreign_directory_of_that_name_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+
+    with (
+        pytest.raises(ConvertError, match="was not made by qconvert"),
+        partial_directory(tmp_path / "out"),
+    ):
+        pass
+
+    assert (tmp_path / "out.partial" / "precious").read_text() == "x"
+
+
+def test_a_run_in_progress_is_not_disturbed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with open(tmp_path / "out.partial" / ".qconvert-partial", "w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+
+        with (
+            pytest.raises(ConvertError, match="another conversion is writing it"),
+            partial_directory(tmp_path / "out"),
+        ):
+            pass
+
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    source = tmp_path / "secret.json"
+    source.write_bytes(b"{}")
+    source.chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        copy_file(source, tmp_path / "copied")
+        write_file(tmp_path / "written", b"")
+    finally:
+        os.umask(before)
+
+    for name in ("copied", "written"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "problem"),
+    [
+        ("in", "in", "the same directory"),
+        ("in", "link", "the same directory"),
+        ("in", "in/out", "lies inside the input directory"),
+        ("in/deep", "in", "lies inside the output directory"),
+        ("in", "full", "exists and is not empty; nothing is overwritten"),
+        ("in", "file", "exists and is not a directory"),
+        ("in", "nowhere/out", "does not exist"),
+    ],
+)
+def test_bad_paths_are_refused(tmp_path: Path, source: str, output: str, problem: str) -> None:
+    for folder in ("in/deep", "full"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+
+    with pytest.raises(ConvertError, match=problem):
+        check_paths(tmp_path / source, tmp_path / output)
