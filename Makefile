@@ -17,4 +17,4 @@ test:
 generate:
 	python -m qschema.export
 	qvalidate rules --markdown > docs/rules.md
-	python docs/make_formats.py
+	python -m qschema.format_table > docs/formats.md

@@ -55,6 +55,37 @@ def test_every_tensor_equals_modelopts(tmp_path: Path, model: str, algo: str) ->
     assert {name: ours.get(name) for name in expected} == expected
 
 
+def test_one_block_weights_depart_only_where_a_sibling_has_a_larger_scale(tmp_path: Path) -> None:
+    """ModelOpt squeezes a one-block scale, so that q/k/v and gate/up share the largest of theirs.
+
+    Where a weight has the largest scale of its group, or no group, the bytes agree all the same.
+    Elsewhere these siblings are alike, so the errors are too; an outlier in one would cost the
+    others up to all their bits.
+    """
+    source = tensors(CHECKPOINTS / "llama_block")
+    run(CHECKPOINTS / "llama_block", tmp_path / "out", algo="FP8_PB_WO")
+    ours = tensors(tmp_path / "out")
+    theirs = load_file(GOLDENS / "llama_block-fp8_pb_wo" / "quantized.safetensors")
+
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down",)):
+        names = [
+            name for name in theirs if name.endswith("weight") and any(g in name for g in group)
+        ]
+        scales = {name: ours[f"{name}_scale"].item() for name in names}
+        for name in names:
+            assert list(ours[f"{name}_scale"].shape) == [1, 1, 1, 1]
+            assert list(theirs[f"{name}_scale"].shape) == []
+            assert theirs[f"{name}_scale"].item() == max(scales.values())
+            if scales[name] == max(scales.values()):
+                assert sha256(ours[name]) == sha256(theirs[name])
+            else:
+                errors = [
+                    (found[name].double() * found[f"{name}_scale"].item() - source[name]).norm()
+                    for found in (ours, theirs)
+                ]
+                assert errors[0] < 1.01 * errors[1]
+
+
 @pytest.mark.parametrize(("model", "algo"), CASES)
 def test_the_documents_equal_modelopts(tmp_path: Path, model: str, algo: str) -> None:
     run(CHECKPOINTS / model, tmp_path / "out", algo=algo)

@@ -37,5 +37,6 @@ FORMAT = Format(
     departures=(
         "a weight of one block keeps its 4-D scale; ModelOpt writes a 0-d scalar",
         "one-block siblings (q/k/v, gate/up) keep a scale each; ModelOpt gives them the largest",
+        "Mixtral keeps its hub names; ModelOpt writes those of transformers 5 in memory",
     ),
 )
