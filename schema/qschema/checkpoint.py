@@ -143,7 +143,8 @@ def _config(path: Path, findings: list[Finding]) -> Mapping[str, Json]:
         findings.append(_found(file, "", "config-missing", "a checkpoint needs its config.json"))
         return {}
     try:
-        document = load_json(file)
+        # Python writes NaN and Infinity into some of them
+        document = load_json(file, constants=True)
     except DocumentError as error:
         findings.extend(error.findings)
         return {}

@@ -27,9 +27,7 @@ def load_yaml(path: Path) -> Json:
     try:
         document: Json = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DocumentError.of(
-            path, "$", "yaml-syntax", " ".join(str(error).split())
-        ) from None
+        raise DocumentError.of(path, "$", "yaml-syntax", " ".join(str(error).split())) from None
     return document
 
 

@@ -40,7 +40,11 @@ class TensorInfo(Strict):
             )
         num_bits = _num_bits(self.dtype, self.shape)
         begin, end = self.data_offsets
-        if begin < 0 or (end - begin) * 8 != num_bits:
+        if begin < 0:
+            raise violation(
+                "safetensors-offsets", f"data_offsets [{begin}, {end}] begin before the data"
+            )
+        if (end - begin) * 8 != num_bits:
             raise violation(
                 "safetensors-offsets",
                 f"data_offsets [{begin}, {end}] span {end - begin} bytes, "

@@ -4,7 +4,9 @@ A model here says what a file may contain and never changes what it did contain:
 errors, values are not coerced, nothing is filled in behind the reader's back (derive in a method).
 """
 
+import difflib
 import json
+import re
 from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
@@ -13,12 +15,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     JsonValue,
-    ModelWrapValidatorHandler,
     PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -110,23 +112,36 @@ def json_path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
+# pydantic's words for Python become words for JSON
+_RENAMED = {"model_type": "object_type", "dict_type": "object_type"}
+_REWORDED = {
+    "model_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be an array",
+    "extra_forbidden": "unknown key",
+    "missing": "required key is missing",
+}
+
+
 def findings_of(
     error: pydantic.ValidationError, *, file: str, document: Json = None
 ) -> list[Finding]:
-    """Return one finding per violation that pydantic reports; the rule id is pydantic's error type.
+    """Return one finding per violation that pydantic reports; the rule id is pydantic's type of it.
 
     `document` is what was validated: pydantic's locations also name the members of unions that it
     tried, and only the parts that exist in the document belong in a JSON path.
     """
-    return [
+    found = (
         Finding(
             file=file,
             where=json_path(_real(detail["loc"], document, detail["type"])),
-            rule=detail["type"].replace("_", "-"),
+            rule=_RENAMED.get(detail["type"], detail["type"]).replace("_", "-"),
             message=_message(detail["msg"], detail["type"], detail["input"]),
         )
         for detail in error.errors(include_url=False)
-    ]
+    )
+    # members of a union that fail alike are one finding
+    return list(dict.fromkeys(found))
 
 
 def _real(loc: tuple[int | str, ...], document: Json, kind: str) -> tuple[int | str, ...]:
@@ -150,27 +165,42 @@ def _step(node: Json, part: int | str) -> tuple[bool, Json]:
 
 
 def _message(text: str, kind: str, found: object) -> str:
-    text = text.removeprefix("Value error, ")
+    text = _REWORDED.get(kind, text.removeprefix("Value error, "))
+    if kind == "literal_error":
+        text = _shorten(text, found)
     if kind == "value_error" or isinstance(found, dict | list):
         return text
     shown = json.dumps(found) if found is None or isinstance(found, bool) else repr(found)
     return f"{text}, found {shown}" if len(shown) <= 120 else text
 
 
-def load_json(path: Path) -> Json:
+def _shorten(text: str, found: object) -> str:
+    """Return pydantic's list of choices; of a long one the first 5 and the nearest to `found`."""
+    values = re.findall(r"'([^']*)'", text)
+    if len(values) <= 8:
+        return text
+    near = difflib.get_close_matches(str(found).upper(), values, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}expected one of {len(values)}: {', '.join(map(repr, values[:5]))}, ..."
+
+
+def load_json(path: Path, *, constants: bool = False) -> Json:
     """Return the JSON document at `path`.
 
+    `constants` allows NaN and Infinity, which Python writes into some models' config.json.
     Raises DocumentError for text that is not UTF-8, not JSON, has a key twice, or has NaN/Infinity
     (none of them JSON), with line and column; OSError if the file can't be read.
     """
-    return parse_json(path.read_bytes(), file=str(path))
+    return parse_json(path.read_bytes(), file=str(path), constants=constants)
 
 
-def parse_json(data: bytes, *, file: str) -> Json:
+def parse_json(data: bytes, *, file: str, constants: bool = False) -> Json:
     """Return the JSON document in `data`; errors as in `load_json`, naming `file`."""
     try:
         document: Json = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=None if constants else _no_constants,
         )
     except UnicodeDecodeError as error:
         raise DocumentError.of(

@@ -1,0 +1,343 @@
+"""The adapter against a stand-in for vLLM: a tiny package that behaves as config.json says."""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from qvalidate.engines import ENGINES, EngineOutcome, EngineRequest, UnknownEngineError, get
+from qvalidate.engines.outcome import Level
+
+FAKE_VLLM = '''
+import dataclasses, json, math, os, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+__version__ = "0.0-fake"
+PYDANTIC = """1 validation error for ModelConfig
+  Value error, ModelOpt currently only supports: ['FP8'] quantizations [type=value_error, \\
+input_value=ArgsKwargs((), {'model': 'x'}), input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2/v/value_error"""
+
+@dataclasses.dataclass
+class EngineArgs:
+    model: str
+    max_logprobs: int = 20
+
+class SamplingParams:
+    flat_logprobs: bool
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+class Weight:
+    shape = (4, 1)
+
+def child():
+    sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    return subprocess.Popen([sys.executable, "-c", sleeper]).pid
+
+def load_weights(name, loaded_weight):
+    assert loaded_weight.shape == (4,)
+
+class LLM:
+    def __init__(self, model, max_logprobs):
+        self.config = json.loads((Path(model) / "config.json").read_text())
+        self.kind = self.config["kind"]
+        assert os.getcwd() == os.path.dirname(os.path.abspath(sys.argv[0]))
+        self.llm_engine = SimpleNamespace(model_config=self)
+        if self.kind == "noise":
+            os.write(1, b"\\xff\\x00{\\"reached\\": 1}\\n" * 10000)
+        if self.kind == "refused":
+            raise ValueError(PYDANTIC)
+        if self.kind == "scale-rank":
+            load_weights("model.layers.0.o_proj.weight_scale", Weight())
+        if self.kind == "no-kernel":
+            raise ValueError("Failed to find a kernel that can implement the layer.")
+        if self.kind == "child-failed":
+            print("(EngineCore pid=7) ERROR 11-21 11:03:12 [core.py:133] KeyError: 'w2_bias'")
+            print("trailing line")
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+        if self.kind == "out-of-memory":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.kind == "exit":
+            print("RuntimeError: last words")
+            os._exit(3)
+        if self.kind == "signal":
+            os.kill(os.getpid(), signal.SIGABRT)
+        if self.kind == "leave":
+            sys.exit("no")
+        if self.kind in ("hang", "orphan"):
+            pid = child()
+            (Path(model) / "pid").write_text(str(pid))
+        if self.kind == "hang":
+            time.sleep(600)
+
+    def get_vocab_size(self):
+        return self.config["vocab_size"]
+
+    def generate(self, prompts, params, use_tqdm):
+        if self.kind == "crash-late":
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        ids = prompts[0]["prompt_token_ids"]
+        vocab = self.config["vocab_size"]
+        row = [math.sin(1 + i) * self.config["factor"] for i in range(vocab)]
+        norm = math.log(sum(map(math.exp, row)))
+        row = [math.nan if self.kind == "nan" else value - norm for value in row]
+        count = len(ids) - 1
+        width = vocab - 1 if self.kind == "short" else vocab
+        logprobs = Flat(count, list(range(width)), row[:width]) if params.prompt_logprobs else None
+        output = SimpleNamespace(token_ids=[1] * params.max_tokens, cumulative_logprob=row[1])
+        return [SimpleNamespace(outputs=[output], prompt_logprobs=logprobs)]
+
+class Flat:
+    def __init__(self, count, ids, row):
+        self.start_indices = [0] + [len(ids) * i for i in range(count)]
+        self.end_indices = [0] + [len(ids) * (i + 1) for i in range(count)]
+        self.token_ids = ids * count
+        self.logprobs = row * count
+    def __len__(self):
+        return len(self.start_indices)
+'''
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the stand-ins, on the path of the processes that the adapter starts."""
+    for package, files in {
+        "vllm": {
+            "__init__": FAKE_VLLM,
+            "platforms": "class current_platform:\n    device_type = 'cpu'\n",
+        },
+        "torch": {"__init__": "__version__ = '0.0-fake'\n"},
+    }.items():
+        folder = tmp_path / "site" / package
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return tmp_path / "site"
+
+
+def checkpoint(folder: Path, *, kind: str = "good", factor: float = 1.0, vocab: int = 11) -> Path:
+    folder.mkdir()
+    config = {"kind": kind, "factor": factor, "vocab_size": vocab}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(
+    candidate: Path,
+    *,
+    level: Level = "generate",
+    reference: Path | None = None,
+    timeout_s: float = 60.0,
+) -> EngineOutcome:
+    request = EngineRequest(
+        checkpoint=candidate,
+        reference=reference,
+        python=sys.executable,
+        level=level,
+        timeout_s=timeout_s,
+    )
+    return get("vllm").run(request)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process ends within ten seconds; one that is dead but not reaped is gone."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], 10)[0])
+    finally:
+        os.close(handle)
+
+
+def test_unknown_engine_names_what_exists() -> None:
+    with pytest.raises(UnknownEngineError, match="'vlm'; there is vllm"):
+        get("vlm")
+
+    assert [get(name).name for name in ENGINES] == list(ENGINES)
+
+
+def test_compare_needs_a_reference() -> None:
+    with pytest.raises(ValidationError, match="needs a reference"):
+        EngineRequest(checkpoint=Path("x"), level="compare")
+
+
+@pytest.mark.parametrize("level", ["load", "generate"])
+def test_passed(site: Path, tmp_path: Path, level: Level) -> None:
+    outcome = run(checkpoint(tmp_path / "good"), level=level)
+
+    assert (outcome.verdict, outcome.reached, outcome.findings) == ("passed", level, [])
+    assert (outcome.version, outcome.torch) == ("0.0-fake", "0.0-fake")
+    assert outcome.message == ""
+    assert outcome.tokens == ([] if level == "load" else [[1] * 8] * 6)
+    assert all(0 <= token < 11 for ids in outcome.prompts for token in ids)
+    assert EngineOutcome.model_validate_json(outcome.model_dump_json()) == outcome
+
+
+def test_compared_with_itself(site: Path, tmp_path: Path) -> None:
+    good = checkpoint(tmp_path / "good")
+
+    outcome = run(good, level="compare", reference=good)
+
+    assert (outcome.verdict, outcome.reached, outcome.findings) == ("passed", "compare", [])
+    assert outcome.comparison is not None
+    assert outcome.comparison.num_positions == sum(len(ids) - 1 for ids in outcome.prompts)
+    assert (outcome.comparison.vocab, outcome.comparison.relative_error) == (11, 0.0)
+
+
+def test_far_from_the_reference_fails_with_numbers(site: Path, tmp_path: Path) -> None:
+    far = checkpoint(tmp_path / "far", factor=-2.0)
+    good = checkpoint(tmp_path / "good")
+
+    outcome = run(far, level="compare", reference=good)
+
+    rules = [finding.rule for finding in outcome.findings]
+    assert (outcome.verdict, outcome.reached) == ("failed", "compare")
+    assert rules == ["compare-kl", "compare-top1", "compare-relative-error"]
+    assert "3.000 over 138 positions; at most 0.4 expected" in outcome.findings[2].message
+
+
+def test_reference_with_another_vocabulary(site: Path, tmp_path: Path) -> None:
+    good = checkpoint(tmp_path / "good")
+    wider = checkpoint(tmp_path / "wider", vocab=13)
+
+    outcome = run(good, level="compare", reference=wider)
+
+    assert (outcome.verdict, outcome.reached) == ("failed", "generate")
+    assert [finding.rule for finding in outcome.findings] == ["compare-vocabulary"]
+    assert "11 tokens, the reference's 13" in outcome.findings[0].message
+
+
+def test_reference_that_fails_is_named(site: Path, tmp_path: Path) -> None:
+    bad = checkpoint(tmp_path / "bad", kind="refused")
+
+    outcome = run(checkpoint(tmp_path / "good"), level="compare", reference=bad)
+
+    assert (outcome.verdict, outcome.reached) == ("failed", "generate")
+    assert [(f.file, f.rule) for f in outcome.findings] == [(str(bad), "engine-refused")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "rule", "message"),
+    [
+        ("refused", "failed", "engine-refused", r"^ModelOpt .*: \['FP8'\] quantizations$"),
+        ("no-kernel", "no-kernel", "engine-no-kernel", "ValueError: Failed to find a kernel"),
+        ("child-failed", "failed", "engine-refused", "KeyError: 'w2_bias'"),
+        ("out-of-memory", "failed", "engine-crashed", "out of memory"),
+        ("exit", "failed", "engine-crashed", "status 3 and no result; .*RuntimeError: last"),
+        ("signal", "failed", "engine-crashed", "killed by SIGABRT"),
+        ("leave", "failed", "engine-refused", "SystemExit: no"),
+        ("crash-late", "failed", "engine-crashed", "found BFloat16; the checkpoint was loaded"),
+        ("short", "failed", "engine-crashed", "10 of 11 log-probabilities"),
+    ],
+)  # fmt: skip
+def test_failures_are_told_apart(
+    site: Path, tmp_path: Path, kind: str, verdict: str, rule: str, message: str
+) -> None:
+    good = checkpoint(tmp_path / "good")
+
+    outcome = run(checkpoint(tmp_path / kind, kind=kind), level="compare", reference=good)
+
+    assert outcome.verdict == verdict
+    assert [finding.rule for finding in outcome.findings] == [rule]
+    assert re.search(message, outcome.message)
+    assert outcome.findings[0].message == outcome.message
+    assert outcome.findings[0].severity == ("warning" if rule == "engine-no-kernel" else "error")
+
+
+def test_refusal_names_the_tensor_in_hand(site: Path, tmp_path: Path) -> None:
+    outcome = run(checkpoint(tmp_path / "bad", kind="scale-rank"), level="load")
+
+    assert [finding.where for finding in outcome.findings] == ["model.layers.0.o_proj.weight_scale"]
+    assert "assert loaded_weight.shape == (4,)" in outcome.message
+    assert outcome.message.endswith("while loading model.layers.0.o_proj.weight_scale [4, 1]")
+
+
+def test_nan_never_passes(site: Path, tmp_path: Path) -> None:
+    bad = checkpoint(tmp_path / "bad", kind="nan")
+
+    generated = run(bad)
+    compared = run(bad, level="compare", reference=checkpoint(tmp_path / "good"))
+
+    assert generated.verdict == compared.verdict == "failed"
+    assert [f.rule for f in generated.findings] == ["generate-nonfinite"]
+    assert [f.rule for f in compared.findings] == ["generate-nonfinite", "compare-nonfinite"]
+
+
+def test_noise_on_stdout_changes_nothing(site: Path, tmp_path: Path) -> None:
+    assert run(checkpoint(tmp_path / "noisy", kind="noise")).verdict == "passed"
+
+
+def test_timeout_leaves_no_process(site: Path, tmp_path: Path) -> None:
+    """The stand-in's child ignores SIGTERM, so that only a kill of the group ends it."""
+    hanging = checkpoint(tmp_path / "hanging", kind="hang")
+
+    outcome = run(hanging, timeout_s=3)
+
+    assert outcome.verdict == "failed"
+    assert [finding.rule for finding in outcome.findings] == ["engine-timeout"]
+    assert "no answer in 3 s; the checkpoint was being loaded" in outcome.message
+    assert is_gone(int((hanging / "pid").read_text()))
+
+
+def test_children_of_an_engine_that_passed_are_ended(site: Path, tmp_path: Path) -> None:
+    leaving = checkpoint(tmp_path / "leaving", kind="orphan")
+
+    outcome = run(leaving)
+
+    assert outcome.verdict == "passed"
+    assert is_gone(int((leaving / "pid").read_text()))
+
+
+def test_engine_does_not_outlive_its_caller(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is killed with SIGKILL while the engine hangs; nothing is left of the engine."""
+    hanging = checkpoint(tmp_path / "hanging", kind="hang")
+    os.mkfifo(hanging / "pid")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
+    command = [sys.executable, "-m", "qvalidate.engines", "vllm", str(hanging)]
+    with subprocess.Popen([*command, "--python", sys.executable]) as caller:
+        pid = int((hanging / "pid").read_text())
+        caller.kill()
+
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize("python", [None, "no-such-python"])
+def test_missing_interpreter_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str | None
+) -> None:
+    """As for an interpreter without vLLM, so for a name that is no program."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    request = EngineRequest(checkpoint=checkpoint(tmp_path / "good"), python=python)
+
+    outcome = get("vllm").run(request)
+
+    assert (outcome.verdict, outcome.version) == ("not-run", None)
+    assert [finding.rule for finding in outcome.findings] == ["engine-missing"]
+    assert "--python" in outcome.message
+
+
+def test_interpreter_without_the_engine_is_not_run(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder called vllm on the path can be imported, but is no engine."""
+    (tmp_path / "empty" / "vllm").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "empty"))
+
+    outcome = run(checkpoint(tmp_path / "good"))
+
+    assert outcome.verdict == "not-run"
+    assert [finding.rule for finding in outcome.findings] == ["engine-missing"]
+    assert "pip install vllm" in outcome.message

@@ -1,0 +1,120 @@
+"""Every planted fault is found by its rule at its place, and right checkpoints raise no alarm."""
+
+from pathlib import Path
+
+import document_faults  # noqa: F401  (these three fill the catalogue)
+import pytest
+import tensor_faults  # noqa: F401
+import vllm_faults  # noqa: F401
+from catalogue import FAULTS, PB_WO, PC_PT, Fault
+from checkpoints import draft
+
+from qschema.strict import Finding
+from qvalidate.loader import load
+from qvalidate.rules import RULES, run
+
+FORMATS = [PB_WO, PC_PT]
+
+
+def check(path: Path, engine: str | None = None) -> list[Finding]:
+    return list(run(load(path), engine=engine))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_found_at_its_place(fault: Fault, tmp_path: Path) -> None:
+    made = draft(fault.model, fault.algo)
+    fault.plant(made)
+    findings = check(made.write(tmp_path / "made"), "vllm" if fault.engine else None)
+
+    found = [(found.rule, found.where, found.severity) for found in findings]
+    assert (fault.rule, fault.where, fault.severity) in found
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_finding_names_a_file_of_the_checkpoint(fault: Fault, tmp_path: Path) -> None:
+    made = draft(fault.model, fault.algo)
+    fault.plant(made)
+    path = made.write(tmp_path / "made")
+
+    for found in check(path, "vllm"):
+        assert Path(found.file).is_relative_to(path), found
+
+
+@pytest.mark.parametrize("algo", FORMATS)
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_right_checkpoint_has_no_findings(model: str, algo: str, tmp_path: Path) -> None:
+    path = draft(model, algo).write(tmp_path / "made")
+
+    assert check(path, "vllm") == []
+    assert check(path) == []
+
+
+@pytest.mark.parametrize("algo", FORMATS)
+@pytest.mark.parametrize("model", ["mixtral", "llama_odd", "llama_adv"])
+def test_right_format_has_no_findings_but_an_engines(model: str, algo: str, tmp_path: Path) -> None:
+    findings = check(draft(model, algo).write(tmp_path / "made"))
+
+    assert [found for found in findings if found.severity != "note"] == []
+    assert all(RULES[found.rule].engine == "vllm" for found in findings)
+
+
+def test_channel_scales_of_a_ragged_llama_suit_vllm(tmp_path: Path) -> None:
+    path = draft("llama_odd", PC_PT).write(tmp_path / "made")
+
+    assert check(path, "vllm") == []
+
+
+def test_mixtral_with_plain_experts_suits_vllm(tmp_path: Path) -> None:
+    made = draft("mixtral", PB_WO, also_keep=("*.experts.*",))
+    made.set_exclude(["lm_head", "model.embed_tokens", "model.layers.*.block_sparse_moe*"])
+
+    assert check(made.write(tmp_path / "made"), "vllm") == []
+
+
+@pytest.mark.parametrize("spelling", ["fp8_pb_wo", "FP8_PB_WO", "Fp8_Pb_Wo"])
+def test_algorithm_is_known_in_any_case(spelling: str, tmp_path: Path) -> None:
+    made = draft("llama", PB_WO)
+    made.quantization["quant_algo"] = spelling
+    findings = check(made.write(tmp_path / "made"), "vllm")
+
+    # the strict model knows the two spellings that occur
+    assert {found.rule for found in findings} <= {"config-malformed"}
+
+
+def test_single_block_scale_keeps_its_four_dimensions(tmp_path: Path) -> None:
+    """K and V of [128, 128]: one block, and the scale is [1, 1, 1, 1]."""
+    made = draft("llama", PB_WO)
+    name = "model.layers.0.mlp.down_proj"
+    made.put(f"{name}.weight", ("F8_E4M3", (128, 128), bytes(128 * 128)))
+    dtype, _, data = made.tensor(f"{name}.weight_scale")
+    made.put(f"{name}.weight_scale", (dtype, (1, 1, 1, 1), data[:4]))
+
+    assert check(made.write(tmp_path / "made")) == []
+
+
+def test_message_says_expected_and_found(tmp_path: Path) -> None:
+    made = draft("llama", PB_WO)
+    dtype, _, data = made.tensor("model.layers.0.mlp.down_proj.weight_scale")
+    made.put("model.layers.0.mlp.down_proj.weight_scale", (dtype, (2, 3), data))
+    (found,) = check(made.write(tmp_path / "made"))
+
+    assert found.message == (
+        "expected shape [2, 1, 3, 1] for weight [256, 384] in FP8_PB_WO, got [2, 3] (rank 2)"
+    )
+
+
+def test_engine_rules_soften_without_the_engine(tmp_path: Path) -> None:
+    """A refusal is a note, what would be silently wrong a warning; errors with the engine."""
+    refused = draft("mixtral", PB_WO).write(tmp_path / "refused")
+    made = draft("qwen3", PB_WO)
+    made.set_exclude(["model.embed_tokens"])
+    wrong = made.write(tmp_path / "wrong")
+
+    assert {found.severity for found in check(refused)} == {"note"}
+    assert {found.severity for found in check(wrong)} == {"warning"}
+    assert {found.severity for found in check(refused, "vllm")} == {"error"}
+    assert {found.severity for found in check(wrong, "vllm")} == {"error"}
+
+
+def test_every_rule_has_a_fault() -> None:
+    assert {fault.rule for fault in FAULTS} == set(RULES)

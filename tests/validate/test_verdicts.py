@@ -1,0 +1,193 @@
+"""The engine's part of the command, with a stand-in: levels, predictions, and what is no pass."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from catalogue import PB_WO, PC_PT
+from checkpoints import draft
+from click.testing import CliRunner, Result
+
+from qschema.strict import Finding
+from qvalidate import cli
+from qvalidate.engines import EngineOutcome, EngineRequest
+from qvalidate.engines.outcome import Level, Verdict
+from qvalidate.result import Prediction
+from qvalidate.validation import agreement
+
+WHERE = "model.layers.0.mlp.down_proj.weight_scale"
+
+
+@dataclass
+class StandIn:
+    """An engine that says what it was told to."""
+
+    verdict: Verdict
+    name: str = "vllm"
+    requests: list[EngineRequest] = field(default_factory=list)
+
+    def run(self, request: EngineRequest) -> EngineOutcome:
+        self.requests.append(request)
+        rule = {"failed": "engine-refused", "no-kernel": "engine-no-kernel"}.get(self.verdict)
+        severity = "warning" if self.verdict == "no-kernel" else "error"
+        findings = []
+        if rule or self.verdict == "not-run":
+            findings = [
+                Finding(
+                    file=str(request.checkpoint),
+                    where="",
+                    rule=rule or "engine-missing",
+                    message="said no",
+                    severity=severity,
+                )
+            ]
+        return EngineOutcome(
+            engine="vllm",
+            version="0.33.0",
+            device="a GPU",
+            level=request.level,
+            verdict=self.verdict,
+            reached=request.level if self.verdict == "passed" else None,
+            message="" if self.verdict == "passed" else "said no",
+            findings=findings,
+        )
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    return str(draft("qwen3", PC_PT).write(tmp_path / "good"))
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> str:
+    made = draft("qwen3", PB_WO)
+    made.pop(WHERE)
+    return str(made.write(tmp_path / "bad"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> str:
+    return str(draft("mixtral", PB_WO).write(tmp_path / "refused"))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> StandIn:
+    engine = StandIn(verdict)
+    monkeypatch.setattr(cli, "get", lambda name: engine)
+    return engine
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli.main, list(args))
+
+
+def test_engine_is_asked_to_generate_and_to_compare_with_a_reference(
+    good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stand_in(monkeypatch, "passed")
+    limits = ["--max-kl", "0.5", "--min-top1", "0.25", "--max-rel", "2", "--timeout", "9"]
+    invoke(good, "--engine", "vllm", "--python", "/x/python")
+    invoke(good, "--engine", "vllm", "--reference", good, *limits)
+    invoke(good, "--engine", "vllm", "--level", "rules")
+    first, second = engine.requests
+
+    assert (first.level, first.python, first.reference) == ("generate", "/x/python", None)
+    assert (second.level, str(second.reference), second.timeout_s) == ("compare", good, 9.0)
+    assert second.thresholds.model_dump() == {
+        "max_kl": 0.5,
+        "min_top1": 0.25,
+        "max_relative_error": 2.0,
+    }
+
+
+def test_passed_run_confirms_that_it_loads(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "passed")
+    result = invoke(good, "--engine", "vllm")
+
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "vllm: predicted: loads",
+        "vllm: observed: passed, level generate [0.33.0, a GPU]",
+        "vllm: the run confirms the prediction",
+    ]
+
+
+def test_predicted_refusal_is_run_and_confirmed(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stand_in(monkeypatch, "failed")
+    result = invoke(refused, "--engine", "vllm")
+
+    assert (result.exit_code, len(engine.requests)) == (1, 1)
+    assert result.stdout.splitlines()[-3:] == [
+        "vllm: predicted: refuses (vllm-experts-unsupported)",
+        "vllm: observed: failed [0.33.0, a GPU]: said no",
+        "vllm: the run confirms the prediction",
+    ]
+
+
+def test_run_that_contradicts_the_rules_says_so(
+    good: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "passed")
+    assert "the run contradicts the prediction" in invoke(refused, "--engine", "vllm").stdout
+    stand_in(monkeypatch, "failed")
+    assert "the run contradicts the prediction" in invoke(good, "--engine", "vllm").stdout
+
+
+def test_generating_does_not_refute_that_it_is_wrong(
+    bad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "passed")
+    assert "predicted: loads-but-wrong (missing-tensor)" in invoke(bad, "--engine", "vllm").stdout
+    assert "says nothing about the prediction" in invoke(bad, "--engine", "vllm").stdout
+    compared = invoke(bad, "--engine", "vllm", "--reference", bad)
+    assert "the run contradicts the prediction" in compared.stdout
+
+
+def test_no_kernel_is_never_a_pass(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning where nobody asked for a level, an error where somebody did."""
+    stand_in(monkeypatch, "no-kernel")
+    result = invoke(good, "--engine", "vllm")
+
+    assert "observed: no kernel here" in result.stdout
+    assert "passed" not in result.stdout
+    assert result.exit_code == 0
+    assert invoke(good, "--engine", "vllm", "--strict").exit_code == 1
+    assert invoke(good, "--engine", "vllm", "--level", "generate").exit_code == 1
+
+
+def test_engine_that_is_not_installed_exits_2(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "not-run")
+    assert invoke(good, "--engine", "vllm").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("predicted", "verdict", "reached", "expected"),
+    [
+        ("loads", "passed", "generate", "confirmed"),
+        ("loads", "failed", None, "contradicted"),
+        ("refuses", "failed", None, "confirmed"),
+        ("refuses", "failed", "generate", "contradicted"),
+        ("refuses", "passed", "load", "contradicted"),
+        ("loads-but-wrong", "failed", "generate", "confirmed"),
+        ("loads-but-wrong", "failed", None, "contradicted"),
+        ("loads-but-wrong", "passed", "generate", "untested"),
+        ("loads-but-wrong", "passed", "compare", "contradicted"),
+        ("loads", "no-kernel", None, "untested"),
+        ("refuses", "not-run", None, "untested"),
+        ("unknown", "passed", "compare", "untested"),
+    ],
+)
+def test_agreement_of_prediction_and_run(
+    predicted: Prediction, verdict: Verdict, reached: Level | None, expected: str
+) -> None:
+    observed = EngineOutcome(engine="vllm", level="compare", verdict=verdict, reached=reached)
+
+    assert agreement(predicted, observed) == expected
+
+
+def test_timeout_says_nothing_about_a_predicted_refusal() -> None:
+    late = Finding(file="x", where="", rule="engine-timeout", message="no answer")
+    observed = EngineOutcome(engine="vllm", level="load", verdict="failed", findings=[late])
+
+    assert agreement("refuses", observed) == "untested"

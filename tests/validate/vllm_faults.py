@@ -1,0 +1,96 @@
+"""Faults that only vLLM minds, or that only its own matching makes faults of."""
+
+from catalogue import GATE, O_PROJ, PB_WO, PC_PT, K, Q, fault
+from checkpoints import Draft
+
+from qschema.formats import find
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+@fault("vllm-algo-unsupported", "$.quantization_config.quant_algo", engine=True)
+def vllm_refuses_the_name(draft: Draft) -> None:
+    draft.quantization["quant_algo"] = "W8A16"
+    draft.hf_quant_config["quantization"]["quant_algo"] = "W8A16"
+
+
+@fault("vllm-experts-unsupported", EXPERT, model="mixtral", engine=True)
+def experts_in_blocks(draft: Draft) -> None:
+    assert draft.config["model_type"] == "mixtral"
+
+
+@fault("vllm-experts-unsupported", EXPERT, model="mixtral", algo=PC_PT, engine=True)
+def experts_in_channels(draft: Draft) -> None:
+    assert draft.config["model_type"] == "mixtral"
+
+
+@fault("vllm-columns", f"{GATE}.weight", model="llama_odd", engine=True)
+def columns_not_a_multiple_of_128(draft: Draft) -> None:
+    assert draft.tensor(f"{GATE}.weight")[1][1] == 192
+
+
+@fault("vllm-fused-rows", f"{Q}.weight", model="llama_odd", engine=True)
+def fused_part_ends_inside_a_block(draft: Draft) -> None:
+    assert draft.tensor(f"{Q}.weight")[1][0] == 192
+
+
+@fault("vllm-lm-head", "lm_head.weight", engine=True)
+def quantized_head_in_blocks(draft: Draft) -> None:
+    draft.quantize("lm_head", find(PB_WO))
+    draft.set_exclude(["model.embed_tokens"])
+
+
+@fault("vllm-model-dtype", "$.dtype", severity="note", engine=True)
+def model_in_float32(draft: Draft) -> None:
+    draft.config["dtype"] = "float32"
+
+
+@fault("vllm-partial-fusion", f"{Q}.weight", engine=True)
+def one_part_of_qkv_unquantized(draft: Draft) -> None:
+    draft.dequantize(Q)
+    draft.set_exclude([*draft.exclude, Q])
+
+
+@fault("vllm-partial-fusion", f"{K}.weight", engine=True)
+def one_part_of_qkv_listed(draft: Draft) -> None:
+    draft.set_exclude([*draft.exclude, K])
+
+
+@fault(
+    "vllm-partial-fusion",
+    "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+    model="mixtral",
+    engine=True,
+)
+def one_expert_unquantized(draft: Draft) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.1.w2"
+    draft.dequantize(name)
+    draft.set_exclude([*draft.exclude, name])
+
+
+@fault("vllm-exclusion-overreach", f"{GATE}.weight", engine=True)
+def router_pattern_hits_gate_up(draft: Draft) -> None:
+    draft.set_exclude([*draft.exclude, "model.layers.0.mlp.gate"])
+
+
+@fault("vllm-exclusion-overreach", f"{O_PROJ}.weight", engine=True)
+def pattern_hits_the_middle_of_a_name(draft: Draft) -> None:
+    draft.set_exclude([*draft.exclude, "layers.0.self_attn.o"])
+
+
+@fault("vllm-exclusion-missed", f"{Q}.weight", engine=True)
+def wildcards_over_the_parts(draft: Draft) -> None:
+    for layer in (0, 1):
+        for part in "qkv":
+            draft.dequantize(f"model.layers.{layer}.self_attn.{part}_proj")
+    draft.set_exclude([*draft.exclude, "*.q_proj", "*.k_proj", "*.v_proj"])
+
+
+@fault("vllm-tied-head", "$.quantization_config.ignore", model="qwen3", engine=True)
+def tied_head_not_listed(draft: Draft) -> None:
+    draft.set_exclude(["model.embed_tokens"])
+
+
+@fault("vllm-ignore-key", "$.quantization_config.exclude_modules", engine=True)
+def exclusions_under_the_other_key(draft: Draft) -> None:
+    draft.quantization["exclude_modules"] = draft.quantization.pop("ignore")

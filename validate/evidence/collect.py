@@ -1,0 +1,122 @@
+"""Convert the fixtures and run them in a real engine; keep what qvalidate said as evidence.
+
+    python validate/evidence/collect.py OUT_DIR --python ENGINES_PYTHON [--device cpu] [-j 2]
+
+For llama, qwen3 and mixtral in every format: convert, `qvalidate --engine vllm --reference`, keep
+the JSON as OUT_DIR/<model>-<format>.json. Then llama with the scales of one projection times 8,
+which only the comparison can see. Prints a table; exits 1 if rules and engine disagree anywhere.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qschema.formats import formats
+from qschema.safetensors import read_header
+from qvalidate.result import Result
+
+CHECKPOINTS = Path(__file__).parents[2] / "fixtures" / "checkpoints"
+MODELS = ("llama", "qwen3", "mixtral")
+DAMAGED = "model.layers.0.self_attn.q_proj.weight_scale"
+
+
+def convert(model: str, algo: str, out_dir: Path, device: str) -> None:
+    """Make `out_dir` from the fixture `model`."""
+    code = "from qconvert.cli import main; main()"
+    argv = [str(CHECKPOINTS / model), str(out_dir), "--algo", algo, "--device", device, "-q"]
+    subprocess.run([sys.executable, "-c", code, *argv], check=True)
+
+
+def scale_by_eight(checkpoint: Path) -> None:
+    """Multiply the scales of one projection by 8, in place."""
+    import numpy as np
+
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        stored = read_header(file).tensors.get(DAMAGED)
+        if stored is not None:
+            view = np.memmap(file, "<f4", "r+", stored.offset, (stored.nbytes // 4,))
+            view *= 8
+            view.flush()
+
+
+def validate(case: str, model: str, *, work: Path, python: str, out_dir: Path) -> Result:
+    """Run qvalidate on `work`/`case` and keep its JSON; paths in it are relative to `work`."""
+    code = "from qvalidate.cli import main; main()"
+    argv = [case, "--engine", "vllm", "--reference", f"source/{model}", "--format", "json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv, "--python", python],
+        cwd=work,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{case}: qvalidate ended with {done.returncode}")
+    (out_dir / f"{case}.json").write_text(done.stdout)
+    return Result.parse(json.loads(done.stdout), file=case)
+
+
+def row(case: str, result: Result) -> str:
+    """Return one line of the table."""
+    engine = result.engine
+    assert engine is not None
+    assert engine.observed is not None
+    found = engine.observed.comparison
+    numbers = (
+        f"KL {found.kl_mean:.4f}  top-1 {found.top1_agreement:.2f}  rel {found.relative_error:.3f}"
+        if found
+        else engine.observed.message.splitlines()[-1][:90]
+        if engine.observed.message
+        else ""
+    )
+    rules = ", ".join(sorted({f.rule for f in result.findings if f.severity == "error"}))
+    return (
+        f"{case:<38} predicted {engine.predicted:<16} observed {engine.observed.verdict:<10} "
+        f"{engine.agreement:<13} {numbers}  {rules}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--python", required=True, help="the engine's interpreter")
+    parser.add_argument("--device", default="auto", help="for the conversion")
+    parser.add_argument("-j", "--jobs", type=int, default=1)
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        shutil.copytree(CHECKPOINTS, work / "source")
+        cases = [(f"{model}-{algo.lower()}", model, algo) for model in MODELS for algo in formats()]
+        for case, model, algo in cases:
+            convert(model, algo, work / case, args.device)
+        for algo in formats():
+            case = f"llama-{algo.lower()}-scales_x8"
+            shutil.copytree(work / f"llama-{algo.lower()}", work / case)
+            scale_by_eight(work / case)
+            cases.append((case, "llama", algo))
+
+        def run(case: tuple[str, str, str]) -> Result:
+            return validate(case[0], case[1], work=work, python=args.python, out_dir=args.out_dir)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = list(pool.map(run, cases))
+    for (case, _, _), result in zip(cases, results, strict=True):
+        print(row(case, result))
+    # the damaged scales look right to any rule: there the comparison is right and the rules are not
+    return int(
+        any(
+            result.engine is not None and result.engine.agreement == "contradicted"
+            for (case, _, _), result in zip(cases, results, strict=True)
+            if not case.endswith("scales_x8")
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

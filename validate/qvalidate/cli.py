@@ -1,0 +1,214 @@
+"""The qvalidate command. `qvalidate CKPT ...` is `qvalidate check CKPT ...`."""
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from qvalidate import __version__, explain, report
+from qvalidate.engines import Engine, EngineRequest, Level, Thresholds, UnknownEngineError, get
+from qvalidate.result import RunLevel
+from qvalidate.validation import validate
+
+_LIMITS = Thresholds()
+_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class _CheckByDefault(click.Group):
+    """A group that takes a first word which is no command for the checkpoint of `check`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {*self.commands, "-h", "--help", "--version"}
+        if args and args[0] not in own:
+            args = ["check", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_CheckByDefault,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    options_metavar="",
+    subcommand_metavar="CKPT [OPTIONS] | COMMAND [ARGS]...",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def main() -> None:
+    """Prove that a quantized checkpoint deploys. `qvalidate check --help` lists the options.
+
+    \b
+    $ qvalidate my-model-fp8 --engine vllm --reference my-model
+    vllm: predicted: loads
+    vllm: observed: passed, level compare [0.33.0, NVIDIA H200]
+    """
+
+
+@main.command()
+@click.argument("ckpt", type=_DIRECTORY)
+@click.option("--engine", metavar="NAME", help="Apply this engine's rules in full, and run it.")
+@click.option(
+    "--reference", metavar="DIR", type=_DIRECTORY, help="The source checkpoint to compare with."
+)
+@click.option("--python", metavar="PATH", help="The engine's interpreter, if it has its own.")
+@click.option(
+    "--level",
+    type=click.Choice(["rules", "load", "generate", "compare"]),
+    help="How far to go, each level including those before it. Default: rules; with --engine "
+    "generate; with --reference compare.",
+)
+@click.option(
+    "--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file."
+)
+@click.option(
+    "--timeout", default=600.0, show_default=True, help="Seconds for each start of the engine."
+)
+@click.option("--max-kl", default=_LIMITS.max_kl, show_default=True, help="Mean KL, in nats.")
+@click.option("--min-top1", default=_LIMITS.min_top1, show_default=True, help="Top-1 agreement.")
+@click.option(
+    "--max-rel",
+    default=_LIMITS.max_relative_error,
+    show_default=True,
+    help="Relative error of the logprobs.",
+)
+@click.option("--strict", is_flag=True, help="Warnings fail too.")
+@click.option("-q", "--quiet", is_flag=True, help="No words on stderr, no notes.")
+@click.option("-v", "--verbose", is_flag=True, help="All findings of every rule.")
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+)
+@click.pass_context
+def check(
+    context: click.Context,
+    ckpt: Path,
+    engine: str | None,
+    reference: Path | None,
+    python: str | None,
+    level: RunLevel | None,
+    style: Literal["text", "json"],
+    output: Path | None,
+    timeout: float,
+    max_kl: float,
+    min_top1: float,
+    max_rel: float,
+    strict: bool,
+    quiet: bool,
+    verbose: bool,
+    color: Literal["auto", "always", "never"],
+) -> None:
+    """Check the checkpoint CKPT by the rules, and with --engine in the real engine.
+
+    Exit status: 0 clean, 1 findings, 2 misuse (also an engine that is not installed).
+
+    \b
+    $ qvalidate my-model-fp8
+    my-model-fp8/model.safetensors::model.layers.0.mlp.down_proj.weight_scale: missing-tensor: ...
+    """
+    adapter = _adapter(engine)
+    run_level = _level(level, adapter, reference)
+    request = None
+    if run_level is not None:
+        request = _request(
+            ckpt, reference if run_level == "compare" else None, python, run_level, timeout,
+            (max_kl, min_top1, max_rel),
+        )  # fmt: skip
+    try:
+        result = validate(
+            ckpt, engine=adapter, request=request, needs_kernel=level not in (None, "rules")
+        )
+    except OSError as error:
+        message = f"can't read {error.filename or ckpt}: {error.strerror or error}"
+        raise click.UsageError(message) from None
+    if style == "json":
+        text = result.model_dump_json(indent=2)
+    else:
+        text = "\n".join(report.lines(result, quiet=quiet, verbose=verbose))
+    wants_color = None if color == "auto" else color == "always"
+    if output is not None:
+        _write(output, text if wants_color else click.unstyle(text))
+    elif text:
+        click.echo(text, color=wants_color)
+    if not quiet:
+        click.echo(report.summary(result), err=True)
+        if (hint := report.hint(result)) is not None:
+            click.echo(f"hint: {hint}", err=True)
+    context.exit(result.exit_code(strict=strict))
+
+
+@main.command(name="explain")
+@click.argument("rule_id", metavar="ID")
+def explain_command(rule_id: str) -> None:
+    """Say what the rule ID is about, whom it concerns and how it is known.
+
+    \b
+    $ qvalidate explain missing-tensor
+    """
+    try:
+        click.echo(explain.explain(rule_id))
+    except explain.UnknownRuleError as error:
+        raise click.UsageError(str(error)) from None
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="The whole catalogue as a page.")
+def rules(markdown: bool) -> None:
+    """List the rules.
+
+    \b
+    $ qvalidate rules --markdown > docs/rules.md
+    """
+    click.echo(explain.markdown() if markdown else "\n".join(explain.listing()), nl=not markdown)
+
+
+def _adapter(engine: str | None) -> Engine | None:
+    try:
+        return get(engine) if engine else None
+    except UnknownEngineError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _level(level: RunLevel | None, engine: Engine | None, reference: Path | None) -> Level | None:
+    """Return the level to run the engine at, None for the rules alone."""
+    if engine is None:
+        if level not in (None, "rules") or reference is not None:
+            asked = f"--level {level}" if level else "--reference"
+            raise click.UsageError(f"{asked} needs an engine: --engine vllm")
+        return None
+    if level == "compare" and reference is None:
+        raise click.UsageError("--level compare needs the source: --reference DIR")
+    if level is None:
+        return "generate" if reference is None else "compare"
+    return None if level == "rules" else level
+
+
+def _request(
+    ckpt: Path,
+    reference: Path | None,
+    python: str | None,
+    level: Level,
+    timeout: float,
+    limits: tuple[float, float, float],
+) -> EngineRequest:
+    try:
+        return EngineRequest(
+            checkpoint=ckpt,
+            reference=reference,
+            python=python,
+            level=level,
+            timeout_s=timeout,
+            thresholds=Thresholds(
+                max_kl=limits[0], min_top1=limits[1], max_relative_error=limits[2]
+            ),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        output.write_text(f"{text}\n" if text else "")
+    except OSError as error:
+        raise click.UsageError(f"can't write {output}: {error.strerror or error}") from None

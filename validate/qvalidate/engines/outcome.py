@@ -1,0 +1,94 @@
+"""What is asked of an engine and what came of it. Values only: nothing here starts anything."""
+
+from pathlib import Path
+from typing import Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from qschema.strict import Finding, Strict, violation
+
+Level: TypeAlias = Literal["load", "generate", "compare"]
+Verdict: TypeAlias = Literal["passed", "failed", "no-kernel", "not-run"]
+
+
+class Thresholds(Strict):
+    """The worst comparison that still passes; one set for every format.
+
+    Measured with vLLM 0.32 and 0.33 on tiny random models, which exaggerate all three: E4M3
+    weights end at a mean KL of 0.005 to 0.10, a top-1 agreement of 0.81 to 0.93, a relative error
+    of 0.10 to 0.16; 4-bit weights at a relative error of 0.25. One projection with scales times 8
+    or inverted, or gate and up swapped, ends at a KL above 1.5, an agreement below 0.3, a relative
+    error above 0.65. KL grows with the spread of the logits, the relative error does not.
+    """
+
+    # nats per token, mean over the positions
+    max_kl: float = Field(default=0.3, gt=0, allow_inf_nan=False)
+    min_top1: float = Field(default=0.6, ge=0, le=1)
+    max_relative_error: float = Field(default=0.4, gt=0, allow_inf_nan=False)
+
+
+class EngineRequest(Strict):
+    """One checkpoint for one engine. Each level includes the ones before it."""
+
+    checkpoint: Path
+    # the source checkpoint; needed by `compare`, loaded by the same engine
+    reference: Path | None = None
+    # the engine's interpreter; None is the one that runs this
+    python: str | None = None
+    level: Level = "generate"
+    # for each start of the engine; `compare` starts it twice
+    timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    thresholds: Thresholds = Thresholds()
+
+    @model_validator(mode="after")
+    def _reference_to_compare_with(self) -> Self:
+        if self.level == "compare" and self.reference is None:
+            raise violation("engine-reference", "level compare needs a reference checkpoint")
+        return self
+
+
+class Comparison(Strict):
+    """How far the candidate's prompt log-probabilities are from the reference's; all finite.
+
+    A position is one prompt token and the distribution over the whole vocabulary that follows it.
+    """
+
+    num_positions: int = Field(ge=1)
+    vocab: int = Field(ge=1)
+    # KL(reference || candidate) in nats, over the positions
+    kl_mean: float
+    kl_max: float
+    # share of positions where the candidate's first choice is one of the reference's
+    top1_agreement: float = Field(ge=0, le=1)
+    # ||centred difference|| / ||centred reference||, each position centred over the vocabulary
+    relative_error: float = Field(ge=0)
+    # exp of the mean negative log-probability of the prompts' own tokens
+    perplexity_reference: float
+    perplexity_candidate: float
+
+
+class EngineOutcome(Strict):
+    """What one engine said about one checkpoint.
+
+    `passed` only if the level that was asked for was reached and no finding is an error.
+    `no-kernel` says something about the machine, `not-run` about the installation: neither is about
+    the checkpoint, and neither is a pass.
+    """
+
+    engine: str
+    # None where the engine did not get as far as telling
+    version: str | None = None
+    torch: str | None = None
+    device: str | None = None
+    level: Level
+    verdict: Verdict
+    reached: Level | None = None
+    # the engine's own last words, short; empty if it had nothing to complain about
+    message: str = ""
+    prompts: list[list[int]] = Field(default_factory=list)
+    # greedy continuations, one per prompt; their text if the checkpoint has a tokenizer
+    tokens: list[list[int]] = Field(default_factory=list)
+    texts: list[str] | None = None
+    comparison: Comparison | None = None
+    wall_s: float = 0.0
+    findings: list[Finding] = Field(default_factory=list)

@@ -1,0 +1,90 @@
+"""A Result as text. JSON is the model's own dump."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import click
+
+from qschema.strict import Finding
+from qvalidate.result import EngineReport, Result
+
+_COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_ORDER = {"error": 0, "warning": 1, "note": 2}
+# findings of one rule that are shown without -v
+_SHOWN = 10
+
+
+def lines(result: Result, *, quiet: bool, verbose: bool) -> Iterator[str]:
+    """Yield the report line by line, coloured; errors first. `quiet` leaves out the notes."""
+    wanted = [found for found in result.findings if not (quiet and found.severity == "note")]
+    seen: Counter[tuple[str, str]] = Counter()
+    totals = Counter((found.rule, found.severity) for found in wanted)
+    for found in sorted(wanted, key=lambda finding: _ORDER[finding.severity]):
+        key = (found.rule, found.severity)
+        seen[key] += 1
+        if verbose or seen[key] <= _SHOWN:
+            yield _line(found)
+        elif seen[key] == _SHOWN + 1:
+            yield f"... and {totals[key] - _SHOWN} more of {found.rule} (-v shows them)"
+    if result.engine is not None:
+        yield from engine_lines(result.engine)
+
+
+def engine_lines(report: EngineReport) -> Iterator[str]:
+    """Yield what was predicted of the engine, what it did, and whether they agree."""
+    by = f" ({', '.join(report.predicted_by)})" if report.predicted_by else ""
+    yield f"{report.engine}: predicted: {report.predicted}{by}"
+    observed = report.observed
+    if observed is None:
+        return
+    known = [part for part in (observed.version, observed.device) if part]
+    where = f" [{', '.join(known)}]" if known else ""
+    # the level is named for what was shown, not for what was asked
+    said = {
+        "passed": f"passed, level {observed.reached}",
+        "failed": f"failed{f' after {observed.reached}' if observed.reached else ''}",
+        "no-kernel": "no kernel here",
+        "not-run": "not run",
+    }[observed.verdict]
+    message = f": {observed.message}" if observed.message else ""
+    yield f"{report.engine}: observed: {said}{where}{message}"
+    if observed.comparison is not None:
+        compared = observed.comparison
+        yield (
+            f"{report.engine}: against the source: KL {compared.kl_mean:.4g}, "
+            f"top-1 {compared.top1_agreement:.3g}, relative error {compared.relative_error:.3g} "
+            f"over {compared.num_positions} positions"
+        )
+    yield {
+        "confirmed": f"{report.engine}: the run confirms the prediction",
+        "contradicted": f"{report.engine}: the run contradicts the prediction",
+        "untested": f"{report.engine}: the run says nothing about the prediction",
+    }[report.agreement]
+
+
+def summary(result: Result) -> str:
+    """Return the one line that a person reads last."""
+    subject = result.checkpoint
+    counts = ", ".join(
+        f"{result.count(level)} {level}{'' if result.count(level) == 1 else 's'}"
+        for level in ("error", "warning", "note")
+    )
+    what = " ".join(part for part in (subject.model_type, subject.algo) if part)
+    about = f" ({what}, {subject.num_quantized} quantized modules)" if what else ""
+    return f"{subject.path}{about}: {counts}"
+
+
+def hint(result: Result) -> str | None:
+    """Return what to do next, None if nothing suggests itself."""
+    worst = min(result.findings, key=lambda finding: _ORDER[finding.severity], default=None)
+    if worst is not None and worst.severity != "note":
+        return f"qvalidate explain {worst.rule}"
+    if result.engine is None:
+        return f"no engine was asked: qvalidate {result.checkpoint.path} --engine vllm"
+    return None
+
+
+def _line(found: Finding) -> str:
+    place = f"{found.file}::{found.where}" if found.where else found.file
+    level = "" if found.severity == "error" else f"{found.severity}: "
+    return f"{place}: {click.style(found.rule, fg=_COLORS[found.severity])}: {level}{found.message}"

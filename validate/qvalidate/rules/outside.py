@@ -1,0 +1,54 @@
+"""Findings that no rule makes: the loader's before any rule can run, an engine's after them."""
+
+from collections.abc import Mapping
+
+# id -> what it says
+LOADING: Mapping[str, str] = {
+    "checkpoint-missing": "there is no such directory",
+    "checkpoint-empty": "the directory holds no safetensors file",
+    "checkpoint-pickle": "the weights are pickled, and loading them would run code",
+    "config-missing": "there is no config.json",
+    "config-type": "a config is not a JSON object",
+    "file-unreadable": "a file can't be read",
+    "index-ambiguous": "there are several indexes",
+    "index-missing": "there are several safetensors files and no index to say which are the model",
+    "index-missing-shard": "the index names a file that is not there",
+    "index-missing-tensor": "the index names a tensor that is in no shard",
+    "index-shard-name": "the index names something that is not a file beside it",
+    "index-weight-map": "the index has no weight_map",
+    "index-wrong-shard": "a tensor is in another shard than the index says",
+    "tensor-duplicate": "a tensor is in two shards",
+    "weights-ambiguous": "model.safetensors and an index are two sets of weights",
+    "json-constant": "a JSON file has NaN or Infinity, which are not JSON",
+    "json-duplicate-key": "a JSON object has a key twice",
+    "json-number": "a JSON number is out of range",
+    "json-syntax": "a file is not JSON",
+    "json-utf8": "a JSON file is not UTF-8",
+    "safetensors-dtype": "a tensor has a dtype that safetensors does not know",
+    "safetensors-header-size": "a header is larger than the 100 MB that are allowed",
+    "safetensors-header-start": "a header does not begin with '{'",
+    "safetensors-hole": "bytes between two tensors belong to none",
+    "safetensors-lfs-pointer": "a file is a Git LFS pointer; the weights were not downloaded",
+    "safetensors-offsets": "a tensor's offsets do not fit its dtype and shape",
+    "safetensors-overlap": "two tensors overlap",
+    "safetensors-shape": "a shape is not a list of sizes",
+    "safetensors-trailing-bytes": "bytes follow the last tensor",
+    "safetensors-truncated": "a file is shorter than its header says",
+}
+
+ENGINE: Mapping[str, str] = {
+    "engine-refused": "the engine did not load the checkpoint",
+    "engine-crashed": "the engine died, or stopped with an error that is not about loading",
+    "engine-timeout": "the engine did not answer within --timeout",
+    "engine-missing": "that interpreter has no such engine; nothing was tested (exit 2)",
+    "engine-no-kernel": "this machine has no kernel for the format; nothing was shown, which is no "
+    "pass. An error if --level asked for a run, else a warning",
+    "engine-tokenizer": "the engine found no tokenizer and was given token ids",
+    "compare-kl": "the mean KL divergence from the source is above --max-kl",
+    "compare-top1": "the top-1 agreement with the source is below --min-top1",
+    "compare-relative-error": "the relative error of the logprobs is above --max-rel",
+    "compare-nonfinite": "the engine returned NaN or infinite logprobs",
+    "compare-size": "the two runs returned logprobs of different sizes",
+    "compare-undefined": "the comparison has no value, because the source's logprobs are constant",
+    "compare-vocabulary": "the two checkpoints have vocabularies of different sizes",
+}

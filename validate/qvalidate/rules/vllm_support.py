@@ -1,0 +1,68 @@
+"""What vLLM 0.32 and 0.33 take of ModelOpt checkpoints, as data.
+
+Sources: vLLM 0.33.0 model_executor/layers/quantization/modelopt.py (here: modelopt.py), the models'
+packed_modules_mapping, and runs of its own loader; 0.32.0 is the same in everything below.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VERSIONS = ">=0.32,<0.34"
+
+
+@dataclass(frozen=True)
+class Support:
+    """How vLLM takes one algorithm; a reason is why it refuses, None if it does not.
+
+    `experts` is about routed experts. `multiple_of_k` and `fused_rows` are what the columns of
+    every layer, and the rows of every fused part but the last, must be divisible by.
+    """
+
+    method: str
+    experts: str | None = None
+    lm_head: str | None = None
+    multiple_of_k: int = 1
+    fused_rows: int = 1
+    evidence: str = ""
+
+
+_NO_EXPERTS = (
+    "vLLM has no ModelOpt method for experts in this format: it takes its per-tensor FP8 method, "
+    "which stops with \"shape '[]' is invalid for input of size N\""
+)
+
+# quant_algo in upper case -> support; vLLM folds the case itself (modelopt.py:366)
+SUPPORT: Mapping[str, Support] = {
+    "FP8": Support(method="modelopt", evidence="modelopt.py:143-160"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Support(
+        method="modelopt",
+        experts=_NO_EXPERTS,
+        evidence="modelopt.py:143-160, :256; fused_moe/routed_experts.py:335",
+    ),
+    "FP8_PB_WO": Support(
+        method="modelopt",
+        experts=_NO_EXPERTS,
+        lm_head="vLLM stops with an AssertionError in vocab_parallel_embedding.py:515",
+        multiple_of_k=128,
+        fused_rows=128,
+        evidence="modelopt.py:143-160, :256, :2491-2528; fused_moe/routed_experts.py:335",
+    ),
+    "NVFP4": Support(method="modelopt_fp4", multiple_of_k=16, evidence="modelopt.py:143-160"),
+    "W4A16_NVFP4": Support(method="modelopt_fp4", multiple_of_k=16, evidence="modelopt.py:143-160"),
+    "MXFP8": Support(method="modelopt_mxfp8", multiple_of_k=32, evidence="modelopt.py:143-160"),
+    "MIXED_PRECISION": Support(method="modelopt_mixed", evidence="modelopt.py:1748-1825"),
+}
+
+# leaf names that vLLM loads as one layer -> that layer's name (packed_modules_mapping)
+FUSED_NAMES: Mapping[tuple[str, ...], str] = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
+}
+
+# prefixes that are never quantized, whatever the list says (modelopt.py:243-248)
+NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
+
+# model types whose router is built without a quantization config (vLLM 0.32.0
+# models/mixtral.py:111, models/deepseek_v2.py:321)
+PLAIN_ROUTERS = frozenset({"deepseek_v3", "mixtral"})

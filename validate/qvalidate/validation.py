@@ -1,0 +1,117 @@
+"""One validation from a path to a Result: load, rules, and the engine if one is named."""
+
+from pathlib import Path
+
+from qschema.plan import Tool
+from qschema.strict import DocumentError, Finding
+from qvalidate import __version__
+from qvalidate.context import Context
+from qvalidate.engines import Engine, EngineOutcome, EngineRequest
+from qvalidate.loader import load
+from qvalidate.result import Agreement, EngineReport, Prediction, Result, RunLevel, Subject
+from qvalidate.rules import RULES, run
+
+_TOOL = Tool(name="qvalidate", version=__version__)
+
+
+def validate(
+    path: Path,
+    *,
+    engine: Engine | None = None,
+    request: EngineRequest | None = None,
+    needs_kernel: bool = False,
+) -> Result:
+    """Return what the rules, and the engine if a `request` goes with it, say about `path`.
+
+    `needs_kernel` makes a machine that has no kernel for the format an error. The engine is run
+    also where the rules predict that it refuses: the report says whether it did.
+    """
+    name = engine.name if engine else None
+    level: RunLevel = request.level if request else "rules"
+    try:
+        context = load(path)
+    except DocumentError as error:
+        report = EngineReport(engine=name, predicted="unknown") if name else None
+        return Result(
+            tool=_TOOL,
+            checkpoint=Subject(path=str(path)),
+            level=level,
+            rules=[],
+            findings=error.findings,
+            engine=report,
+        )
+    findings = list(run(context, engine=name))
+    report = None
+    if engine is not None:
+        predicted, predicted_by = predict(findings, engine=engine.name)
+        observed = engine.run(request) if request else None
+        if observed is not None:
+            findings += [_judged(finding, needs_kernel) for finding in observed.findings]
+        report = EngineReport(
+            engine=engine.name,
+            predicted=predicted,
+            predicted_by=predicted_by,
+            observed=observed,
+            agreement=agreement(predicted, observed),
+        )
+    return Result(
+        tool=_TOOL,
+        checkpoint=_subject(context),
+        level=level,
+        rules=list(RULES),
+        findings=findings,
+        engine=report,
+    )
+
+
+def predict(findings: list[Finding], *, engine: str) -> tuple[Prediction, list[str]]:
+    """Return what `engine` will do with a checkpoint that has `findings`, and by which rules."""
+    effects: dict[str, list[str]] = {}
+    for finding in findings:
+        declared = RULES.get(finding.rule)
+        effect = declared.effects.get(engine) if declared else None
+        if effect and finding.severity == "error" and finding.rule not in effects.get(effect, []):
+            effects.setdefault(effect, []).append(finding.rule)
+    if "refuses" in effects:
+        return "refuses", effects["refuses"]
+    if "unknown" in effects:
+        return "unknown", effects["unknown"]
+    if "wrong" in effects:
+        return "loads-but-wrong", effects["wrong"]
+    return "loads", []
+
+
+def agreement(predicted: Prediction, observed: EngineOutcome | None) -> Agreement:
+    """Return whether the run bears the prediction out.
+
+    A machine without the kernel, or an engine that gave no answer in time, shows nothing. That a
+    checkpoint is right only a comparison shows.
+    """
+    if observed is None or predicted == "unknown":
+        return "untested"
+    has_timed_out = any(finding.rule == "engine-timeout" for finding in observed.findings)
+    if observed.verdict in ("no-kernel", "not-run") or has_timed_out:
+        return "untested"
+    if observed.verdict == "passed":
+        if predicted == "loads-but-wrong" and observed.reached != "compare":
+            return "untested"
+        return "confirmed" if predicted == "loads" else "contradicted"
+    shown: Prediction = "refuses" if observed.reached is None else "loads-but-wrong"
+    return "confirmed" if predicted == shown else "contradicted"
+
+
+def _judged(finding: Finding, needs_kernel: bool) -> Finding:
+    if finding.rule == "engine-no-kernel" and needs_kernel:
+        return finding.model_copy(update={"severity": "error"})
+    return finding
+
+
+def _subject(context: Context) -> Subject:
+    return Subject(
+        path=str(context.path),
+        digest=context.checkpoint.digest(),
+        model_type=context.model_type,
+        algo=context.obeyed.algo if context.obeyed else None,
+        num_tensors=len(context.checkpoint.tensors),
+        num_quantized=len(context.quantized),
+    )
