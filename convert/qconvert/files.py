@@ -45,8 +45,9 @@ class Files:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
+                size = os.fstat(descriptor).st_size
                 raise ConvertError(
-                    f"{self._source / file}: ends at byte {offset + done}, expected "
+                    f"{self._source / file}: has {size} bytes, its header described at least "
                     f"{offset + len(buffer)}; it changed while it was read"
                 )
             done += count

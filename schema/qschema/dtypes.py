@@ -5,7 +5,7 @@ Source: safetensors 0.8.0, safetensors/src/tensor.rs, enum Dtype (22 names).
 
 from math import prod
 
-# bits per element
+# bits per element, in the order of the enum, by which files are laid out
 BITS: dict[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -38,8 +38,3 @@ HIGH_PRECISION = frozenset({"F32", "F16", "BF16"})
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor: ceil(elements * bits / 8) for sub-byte dtypes."""
     return (prod(shape) * BITS[dtype] + 7) // 8
-
-
-def alignment(dtype: str) -> int:
-    """Return the bytes an element's address should be a multiple of."""
-    return max(1, BITS[dtype] // 8)

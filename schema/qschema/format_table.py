@@ -13,8 +13,8 @@ def markdown() -> str:
 def _page() -> Iterator[str]:
     yield "# Formats"
     yield ""
-    yield "Generated from `schema/qschema/formats/` by `make generate`; do not edit. A Linear has N rows"
-    yield "(outputs) and K columns (inputs). Bits are those of a 4096 x 4096 weight, scales included."
+    yield "Generated from `schema/qschema/formats/` by `make generate`; do not edit. A Linear has"
+    yield "N rows (outputs) and K columns (inputs). Bits: of a 4096 x 4096 weight, scales included."
     yield ""
     yield "| Format | `quant_algo` on disk | Bits | What it is |"
     yield "| --- | --- | --- | --- |"

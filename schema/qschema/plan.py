@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qschema.recipe import Recipe
+from qschema.recipe import AlgoName, Recipe
 from qschema.strict import Strict
 
 
@@ -21,7 +21,7 @@ class Tool(Strict):
 
 
 class Source(Strict):
-    """The checkpoint that was read. `digest` is a sha256 over its shards' names, sizes and headers."""
+    """The checkpoint that was read; `digest` is a sha256 of its shards' names, sizes, headers."""
 
     model_type: str | None
     # False where only the generic rules of the architecture map applied
@@ -31,7 +31,7 @@ class Source(Strict):
 
 
 class Span(Strict):
-    """One stored tensor: `nbytes` bytes at `offset` of `file`, a name relative to the checkpoint."""
+    """One stored tensor: `nbytes` bytes at `offset` of `file`, a name in the checkpoint."""
 
     name: str
     file: str
@@ -47,20 +47,20 @@ class Step(Strict):
     source: Span
     action: Literal["quantize", "keep", "drop"]
     # the format's name, for `quantize` only
-    algo: str | None = None
+    algo: AlgoName | None = None
     # which rule decided, and why, in words for a person
     reason: str
     outputs: list[Span]
 
 
 class Unit(Strict):
-    """The smallest set of tensors that must be quantized together: one weight, or fused siblings."""
+    """The smallest set of tensors to be quantized together: one weight, or fused siblings."""
 
     steps: list[Step] = Field(min_length=1)
 
 
 class OutputShard(Strict):
-    """One safetensors file to write; its header follows from the spans placed in it and `metadata`."""
+    """One safetensors file to write; its header follows from the spans in it and `metadata`."""
 
     file: str
     nbytes: int = Field(ge=8)

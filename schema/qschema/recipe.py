@@ -4,28 +4,31 @@
 (fnmatch, case sensitive) over module names such as `model.layers.0.self_attn.q_proj`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from qschema.formats import UnknownFormatError, find
 from qschema.strict import Strict, violation
+
+
+def _known(algo: str) -> str:
+    try:
+        find(algo)
+    except UnknownFormatError as error:
+        raise violation("unknown-algo", str(error)) from None
+    return algo
+
+
+# the name of a declared format, its spelling or an alias
+AlgoName: TypeAlias = Annotated[str, AfterValidator(_known)]
 
 
 class Rule(Strict):
     """Modules that match `match` get the format `algo`; the first matching rule decides."""
 
     match: str = Field(min_length=1)
-    algo: str
-
-    @field_validator("algo")
-    @classmethod
-    def _known(cls, algo: str) -> str:
-        try:
-            find(algo)
-        except UnknownFormatError as error:
-            raise violation("unknown-algo", str(error)) from None
-        return algo
+    algo: AlgoName
 
 
 class Recipe(Strict):

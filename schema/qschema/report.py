@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from qschema.plan import SideFile, Source, Tool
-from qschema.recipe import Recipe
+from qschema.recipe import AlgoName, Recipe
 from qschema.strict import Strict
 
 
@@ -28,7 +28,7 @@ class TensorReport(Strict):
     dtype: str
     shape: list[int]
     action: Literal["quantize", "keep", "drop"]
-    algo: str | None = None
+    algo: AlgoName | None = None
     reason: str
     outputs: list[WrittenTensor]
     # ||w - dequantized|| / ||w|| over the finite elements, six significant digits; null if kept
@@ -48,7 +48,7 @@ class Report(Strict):
     recipe: Recipe
     source: Source
     plan_sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    # stored bits over the number of elements, for the quantized weights and for the whole checkpoint
+    # stored bits over elements: of the quantized weights, and of the whole checkpoint
     bits_per_quantized_weight: float
     bits_per_weight: float
     tensors: list[TensorReport]

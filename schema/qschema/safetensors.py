@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qschema.dtypes import BITS, alignment, nbytes
+from qschema.dtypes import BITS, nbytes
 from qschema.strict import DocumentError, Strict, parse_json, violation
 
 MAX_HEADER_NBYTES = 100_000_000
@@ -214,10 +214,12 @@ def layout(
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the bytes that open a file (length and header) and tensors' absolute (offset, nbytes).
 
-    Tensors lie in order of falling alignment, then name, as the safetensors library lays them, so
-    that every tensor starts aligned to its element. The result does not depend on `entries`' order.
+    Byte for byte what the safetensors library writes for these tensors: dtypes in falling order of
+    its enum (the widest first, so that every tensor starts aligned), then by name. The result does
+    not depend on the order of `entries`.
     """
-    ordered = sorted(entries, key=lambda entry: (-alignment(entry.dtype), entry.name))
+    ranks = {dtype: rank for rank, dtype in enumerate(BITS)}
+    ordered = sorted(entries, key=lambda entry: (-ranks[entry.dtype], entry.name))
     document: dict[str, object] = {}
     if metadata:
         document["__metadata__"] = dict(sorted(metadata.items()))

@@ -209,7 +209,7 @@ def test_a_source_that_shrinks_after_its_header_was_read_is_refused(
     checkpoint = open_checkpoint(source)
     os.truncate(source / "model.safetensors", 100_000)
 
-    with pytest.raises(ConvertError, match=r"ends at byte 100000, expected .* it changed while"):
+    with pytest.raises(ConvertError, match=r"has 100000 bytes, its header described at least"):
         convert(
             checkpoint,
             make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo="FP8_PB_WO")])),

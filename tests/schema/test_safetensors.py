@@ -7,9 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from safetensors.torch import save
 
 from qschema.dtypes import BITS
 from qschema.safetensors import Entry, layout, read_header
@@ -73,7 +75,6 @@ def test_library_reads_what_we_lay_out(tmp_path_factory, made, metadata):
     assert {name: (part.offset, part.nbytes) for name, part in header.tensors.items()} == spans
 
 
-# one dtype per alignment: among dtypes of the same size the library has an order of its own
 NUMPY = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
 
@@ -145,3 +146,28 @@ def test_library_reads_the_positive_examples(path):
 )
 def test_library_rejects_the_attacks_too(path):
     assert library_reads(path) == (path.stem in STRICTER)
+
+
+def test_layout_is_byte_for_byte_the_librarys() -> None:
+    tensors = {
+        "b.weight": torch.zeros(2, 3, dtype=torch.float8_e4m3fn),
+        "a.weight": torch.zeros(3, dtype=torch.bfloat16),
+        "c": torch.zeros(1, dtype=torch.float16),
+        "z.scale": torch.zeros((), dtype=torch.float32),
+        "ids": torch.zeros(2, dtype=torch.int64),
+        "flag": torch.zeros(3, dtype=torch.bool),
+        "\u00fc": torch.zeros(0, 4),
+    }
+    names = {
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.float32: "F32",
+        torch.int64: "I64",
+        torch.bool: "BOOL",
+    }
+    entries = [Entry(name, names[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+
+    opening, _ = layout(entries, metadata={"format": "pt"})
+
+    assert save(tensors, metadata={"format": "pt"}).startswith(opening)
