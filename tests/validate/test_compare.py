@@ -28,7 +28,8 @@ def write(tmp_path: Path) -> Write:
 
 def log_softmax(logits_PV: F64) -> F64:
     shifted = logits_PV - logits_PV.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    result: F64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def distributions(num_positions: int, vocab: int, *, seed: int = 0) -> F64:

@@ -7,8 +7,8 @@ from qvalidate.engines.process import Run, RunnerError, RunnerState
 from qvalidate.engines.vllm import ENGINE
 
 UNKNOWN_ALGO = """1 validation error for ModelConfig
-  Value error, Unknown ModelOpt quant algo: W4A16_NVFP4 [type=value_error, input_value=ArgsKwargs((),
- {'model': '/x', 'hf_config_path': None}), input_type=ArgsKwargs]
+  Value error, Unknown ModelOpt quant algo: W4A16_NVFP4 [type=value_error, \
+input_value=ArgsKwargs((), {'model': '/x', 'hf_config_path': None}), input_type=ArgsKwargs]
     For further information visit https://errors.pydantic.dev/2.12/v/value_error"""
 
 

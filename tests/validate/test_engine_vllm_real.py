@@ -77,7 +77,7 @@ def quantized(source: Path, target: Path, algo: str) -> Path:
     return target
 
 
-def changed(folder: Path, change: Callable[[Tensors], None]) -> Path:
+def changed(folder: Path, change: Callable[[Tensors], object]) -> Path:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -29,7 +29,6 @@ class StandIn:
     def run(self, request: EngineRequest) -> EngineOutcome:
         self.requests.append(request)
         rule = {"failed": "engine-refused", "no-kernel": "engine-no-kernel"}.get(self.verdict)
-        severity = "warning" if self.verdict == "no-kernel" else "error"
         findings = []
         if rule or self.verdict == "not-run":
             findings = [
@@ -38,7 +37,6 @@ class StandIn:
                     where="",
                     rule=rule or "engine-missing",
                     message="said no",
-                    severity=severity,
                 )
             ]
         return EngineOutcome(
@@ -145,15 +143,14 @@ def test_generating_does_not_refute_that_it_is_wrong(
 
 
 def test_no_kernel_is_never_a_pass(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warning where nobody asked for a level, an error where somebody did."""
+    """Who names an engine wants it shown; what was not shown fails."""
     stand_in(monkeypatch, "no-kernel")
     result = invoke(good, "--engine", "vllm")
 
     assert "observed: no kernel here" in result.stdout
     assert "passed" not in result.stdout
-    assert result.exit_code == 0
-    assert invoke(good, "--engine", "vllm", "--strict").exit_code == 1
-    assert invoke(good, "--engine", "vllm", "--level", "generate").exit_code == 1
+    assert result.exit_code == 1
+    assert invoke(good, "--engine", "vllm", "--level", "rules").exit_code == 0
 
 
 def test_engine_that_is_not_installed_exits_2(good: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,9 +116,7 @@ def check(
             (max_kl, min_top1, max_rel),
         )  # fmt: skip
     try:
-        result = validate(
-            ckpt, engine=adapter, request=request, needs_kernel=level not in (None, "rules")
-        )
+        result = validate(ckpt, engine=adapter, request=request)
     except OSError as error:
         message = f"can't read {error.filename or ckpt}: {error.strerror or error}"
         raise click.UsageError(message) from None

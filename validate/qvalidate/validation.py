@@ -19,12 +19,10 @@ def validate(
     *,
     engine: Engine | None = None,
     request: EngineRequest | None = None,
-    needs_kernel: bool = False,
 ) -> Result:
     """Return what the rules, and the engine if a `request` goes with it, say about `path`.
 
-    `needs_kernel` makes a machine that has no kernel for the format an error. The engine is run
-    also where the rules predict that it refuses: the report says whether it did.
+    The engine is run also where the rules predict that it refuses: the report says whether it did.
     """
     name = engine.name if engine else None
     level: RunLevel = request.level if request else "rules"
@@ -46,7 +44,7 @@ def validate(
         predicted, predicted_by = predict(findings, engine=engine.name)
         observed = engine.run(request) if request else None
         if observed is not None:
-            findings += [_judged(finding, needs_kernel) for finding in observed.findings]
+            findings += observed.findings
         report = EngineReport(
             engine=engine.name,
             predicted=predicted,
@@ -98,12 +96,6 @@ def agreement(predicted: Prediction, observed: EngineOutcome | None) -> Agreemen
         return "confirmed" if predicted == "loads" else "contradicted"
     shown: Prediction = "refuses" if observed.reached is None else "loads-but-wrong"
     return "confirmed" if predicted == shown else "contradicted"
-
-
-def _judged(finding: Finding, needs_kernel: bool) -> Finding:
-    if finding.rule == "engine-no-kernel" and needs_kernel:
-        return finding.model_copy(update={"severity": "error"})
-    return finding
 
 
 def _subject(context: Context) -> Subject:

@@ -167,8 +167,6 @@ class _Attempt:
             diagnosis.rule,
             message,
             where=diagnosis.tensor,
-            # nothing is wrong with the checkpoint
-            severity="warning" if diagnosis.rule == "engine-no-kernel" else "error",
         )
         return self._outcome(
             run.state,

@@ -214,8 +214,7 @@ def run(job: dict[str, Any], state: State) -> None:
     notes: list[str] = []
     tokenizer = open_tokenizer(job["checkpoint"], notes)
     prompts = job["prompts"] or fixed_prompts(tokenizer, vocab, notes)
-    tokens: list[list[int]] = []
-    num_nonfinite = 0
+    tokens, num_nonfinite = list[list[int]](), 0
     with open(job["logprobs"] or os.devnull, "wb") as file:
         for prompt in prompts:
             result = generate(vllm, llm, prompt, job)

@@ -42,7 +42,7 @@ ENGINE: Mapping[str, str] = {
     "engine-timeout": "the engine did not answer within --timeout",
     "engine-missing": "that interpreter has no such engine; nothing was tested (exit 2)",
     "engine-no-kernel": "this machine has no kernel for the format; nothing was shown, which is no "
-    "pass. An error if --level asked for a run, else a warning",
+    "pass; --level rules asks for the rules alone",
     "engine-tokenizer": "the engine found no tokenizer and was given token ids",
     "compare-kl": "the mean KL divergence from the source is above --max-kl",
     "compare-top1": "the top-1 agreement with the source is below --min-top1",
