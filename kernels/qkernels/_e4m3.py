@@ -25,16 +25,22 @@ def scale_from_amax(amax: Tensor, *, source: torch.dtype) -> Tensor:
     return torch.where(amax == 0, 1.0, scale)
 
 
-def encode(w: Tensor, scale: Tensor) -> Tensor:
+def encode(w: Tensor, scale: Tensor, *, negative: Tensor) -> Tensor:
     """Codes, float8_e4m3fn, of w / scale; both f32, scale broadcasts.
 
-    One rounding, nearest even, after an f32 division and a clamp to +-448, where Inf ends too.
-    -0.0 and negative numbers that underflow give 0x80. NaN gives 0x7F with its sign.
+    negative: bool, the sign bit of every element in its source dtype. It becomes that of the code,
+    also of -0.0, of what underflows, and of NaN (0x7F), whose sign is lost when CUDA widens f16.
+    One rounding, nearest even, after an f32 division and a clamp to 448, where Inf ends too.
     """
-    clamped = (w / scale).clamp(-E4M3_MAX, E4M3_MAX)
+    clamped = (w.abs() / scale).clamp(max=E4M3_MAX)
     codes = clamped.to(torch.float8_e4m3fn).view(torch.uint8)
-    signed_nan = 0x7F + 0x80 * torch.signbit(w).to(torch.uint8)
-    return torch.where(w.isnan(), signed_nan, codes).view(torch.float8_e4m3fn)
+    codes = codes.masked_fill(w.isnan(), 0x7F)
+    return (codes | negative.to(torch.uint8) << 7).view(torch.float8_e4m3fn)
+
+
+def sign_bits(w: Tensor) -> Tensor:
+    """Mask, bool, of the elements of w (bf16, f16 or f32) whose sign bit is set."""
+    return w.view(torch.int32 if w.dtype == torch.float32 else torch.int16) < 0
 
 
 def decode(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:

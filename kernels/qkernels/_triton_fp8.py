@@ -42,15 +42,25 @@ def _has_e4m3_cast(device: torch.device) -> bool:
 
 
 def block_config(device: torch.device) -> Config:
-    """Launch choices for quantize_blocks and both dequantize functions."""
+    """Launch choices for quantize_blocks; the fastest that `kernels_gpu.py --sweep` found."""
     return Config(
         tile_rows=BLOCK,
         tile_cols=BLOCK,
-        num_warps=8,
+        num_warps=4,
         # in the interpreter steps cost time, on a GPU they save registers
         step=16 if device.type == "cuda" else BLOCK,
         fast=_has_e4m3_cast(device),
-        reread=True,
+    )
+
+
+def tile_config(device: torch.device) -> Config:
+    """Launch choices for both dequantize functions; found as block_config was."""
+    return Config(
+        tile_rows=32 if device.type == "cuda" else BLOCK,
+        tile_cols=BLOCK,
+        num_warps=4,
+        step=BLOCK,
+        fast=_has_e4m3_cast(device),
     )
 
 
@@ -118,7 +128,10 @@ def quantize_rows(
                 **_options(config),
             )
         else:
-            kernels.quantize_rows_kernel[(triton.cdiv(n, config.tile_rows),)](
+            # Triton makes a constant of an argument that is 1, and 3.6 then compiles this kernel
+            # wrong for 16-bit weights on sm_90
+            kernel = kernels.quantize_rows_kernel if k > 1 else kernels.quantize_columns_kernel
+            kernel[(triton.cdiv(n, config.tile_rows),)](
                 *args,
                 TINY=tiny,
                 TILE_ROWS=config.tile_rows,
@@ -134,7 +147,7 @@ def dequantize_blocks(
     codes_NK: Tensor, scale: Tensor, out_NK: Tensor, *, config: Config | None = None
 ) -> None:
     """None, after filling out_NK (bf16, f16 or f32, contiguous); scale has one per block."""
-    config = config or block_config(codes_NK.device)
+    config = config or tile_config(codes_NK.device)
     _dequantize(codes_NK, scale, out_NK, by_block=True, config=config)
 
 
@@ -142,7 +155,7 @@ def dequantize_rows(
     codes_NK: Tensor, scale_N: Tensor, out_NK: Tensor, *, config: Config | None = None
 ) -> None:
     """None, after filling out_NK (bf16, f16 or f32, contiguous); one scale per row."""
-    config = config or block_config(codes_NK.device)
+    config = config or tile_config(codes_NK.device)
     _dequantize(codes_NK, scale_N, out_NK, by_block=False, config=config)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qkernels._e4m3 import decode, encode, saturated, scale_from_amax
+from qkernels._e4m3 import decode, encode, saturated, scale_from_amax, sign_bits
 from qkernels._tensors import (
     check_dtype,
     check_quantized,
@@ -57,11 +57,13 @@ def quantize_torch(w_NK: Tensor) -> dict[str, Tensor]:
     check_weight(w_NK)
     n, k = w_NK.shape
     rows, cols = _num_blocks(n), _num_blocks(k)
-    padded = torch.nn.functional.pad(w_NK.float(), (0, cols * BLOCK - k, 0, rows * BLOCK - n))
-    blocks = padded.view(rows, BLOCK, cols, BLOCK)
+    padding = (0, cols * BLOCK - k, 0, rows * BLOCK - n)
+    blocks = torch.nn.functional.pad(w_NK.float(), padding).view(rows, BLOCK, cols, BLOCK)
+    negative = torch.nn.functional.pad(sign_bits(w_NK), padding).view(rows, BLOCK, cols, BLOCK)
     amax_R1C1 = blocks.abs().where(blocks.isfinite(), 0.0).amax(dim=(1, 3), keepdim=True)
     scale_R1C1 = scale_from_amax(amax_R1C1, source=w_NK.dtype)
-    padded_codes = encode(blocks, scale_R1C1).view(rows * BLOCK, cols * BLOCK)
+    codes = encode(blocks, scale_R1C1, negative=negative)
+    padded_codes = codes.view(rows * BLOCK, cols * BLOCK)
     # not .contiguous(), which leaves the strides of a single row or column alone
     codes_NK = padded_codes[:n, :k].clone(memory_format=torch.contiguous_format)
     return {"weight": codes_NK, "weight_scale": scale_R1C1}

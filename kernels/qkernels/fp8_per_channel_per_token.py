@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qkernels._e4m3 import decode, encode, saturated, scale_from_amax
+from qkernels._e4m3 import decode, encode, saturated, scale_from_amax, sign_bits
 from qkernels._tensors import (
     check_dtype,
     check_quantized,
@@ -54,7 +54,8 @@ def quantize_torch(w_NK: Tensor) -> dict[str, Tensor]:
     # an empty row has no maximum; like a row of zeros it gets scale 1.0
     amax_N = magnitude_NK.amax(dim=1) if w_NK.shape[1] else magnitude_NK.sum(dim=1)
     scale_N = scale_from_amax(amax_N, source=w_NK.dtype)
-    return {"weight": encode(w_f32_NK, scale_N[:, None]), "weight_scale": scale_N}
+    codes_NK = encode(w_f32_NK, scale_N[:, None], negative=sign_bits(w_NK.contiguous()))
+    return {"weight": codes_NK, "weight_scale": scale_N}
 
 
 def quantize_triton(w_NK: Tensor) -> dict[str, Tensor]:

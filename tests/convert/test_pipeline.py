@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qconvert import backends
 from qconvert.backends import resolve
 from qconvert.convert import convert
 from qconvert.errors import ConvertError
@@ -268,3 +269,13 @@ def test_short_reads_and_writes_are_continued(
     run(source, tmp_path / "pieces")
 
     assert digests(tmp_path / "whole") == digests(tmp_path / "pieces")
+
+
+def test_a_machine_without_kernels_of_any_kind_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QKERNELS_NATIVE", "0")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+
+    with pytest.raises(ConvertError, match=r"pip install 'qconvert\[convert\]'"):
+        resolve("cpu", formats=["FP8_PB_WO"])

@@ -96,6 +96,8 @@ def test_launches_on_the_device_and_stream_of_the_tensor(kernels, same_bits):
     same_bits(actual["weight"], kernels.quantize_torch(w)["weight"])
 
 
+# torch says so whenever the mode is set
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_row_stats_do_not_wait_for_the_device(kernels):
     w = random_weight(4096, 8192)
     tensors = kernels.quantize_triton(w)

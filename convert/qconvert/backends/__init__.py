@@ -7,9 +7,11 @@ import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 from qconvert.errors import ConvertError
+from qkernels.native import supports
 from qschema.formats import Format
 
 
@@ -71,31 +73,39 @@ def address(view: memoryview) -> int:
 def resolve(device: str, *, formats: list[str]) -> Device:
     """Return the device that `device` ("auto", "cpu", "cuda", "cuda:N") names on this machine.
 
-    "auto" takes a GPU if there is one. The CPU takes the native kernels where they were built and
-    know every format of `formats`, else torch. Raises ConvertError for what is not here.
+    "auto" takes the native CPU kernels where they were built and know every format of `formats`:
+    reads, digests and writes are the host's work in any case, and the weights need not cross PCIe
+    (benchmarks/convert_gpu.csv). Else a GPU, else torch on the CPU. Raises ConvertError for what is
+    not here.
     """
     kind, _, ordinal = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        ordinal and (kind != "cuda" or not ordinal.isdigit())
-    ):
+    numbered = not ordinal or (kind == "cuda" and ordinal.isdigit())
+    if kind not in ("auto", "cpu", "cuda") or not numbered:
         raise ConvertError(f"--device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if kind != "cuda" and all(supports(name) for name in formats):
+        from qconvert.backends.native import NativeBackend
+
+        return Device("cpu (native)", _num_cores(), NativeBackend)
     num_gpus = count_gpus() if kind != "cpu" else 0
     if kind == "cuda" and int(ordinal or 0) >= num_gpus:
         raise ConvertError(f"--device {device}: this machine shows {num_gpus} CUDA devices")
+    _need_torch()
     if num_gpus:
         from qconvert.backends.cuda import CudaBackend
 
         name = f"cuda:{int(ordinal or 0)}"
-        return Device(name, min(16, _num_cores()), lambda: CudaBackend(name))
-    from qkernels import native
-
-    if all(native.supports(name) for name in formats):
-        from qconvert.backends.native import NativeBackend
-
-        return Device("cpu (native)", _num_cores(), NativeBackend)
+        return Device(name, min(8, _num_cores()), lambda: CudaBackend(name))
     from qconvert.backends.torch_cpu import TorchBackend
 
     return Device("cpu (torch)", _num_cores(), TorchBackend)
+
+
+def _need_torch() -> None:
+    if find_spec("torch") is None:
+        raise ConvertError(
+            "neither native kernels nor torch is here: pip install 'qconvert[convert]', or "
+            "install again with a C compiler at hand"
+        )
 
 
 def count_gpus() -> int:
