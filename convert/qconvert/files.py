@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from qconvert.errors import ConvertError
+from qconvert.writeback import start_writeback
 from qschema.plan import OutputShard, Plan
 from qschema.safetensors import Entry, layout
 
@@ -58,6 +59,7 @@ class Files:
         done = 0
         while done < len(buffer):
             done += os.pwrite(descriptor, buffer[done:], offset + done)
+        start_writeback(descriptor, offset=offset, nbytes=len(buffer))
 
     def tensor_done(self, file: str) -> None:
         """Count a tensor of shard `file` as finished; the last one flushes and closes the files."""

@@ -177,7 +177,7 @@ def _exclude_modules(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> l
 
 
 def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
-    notes = []
+    notes = list(checkpoint.conflicts)
     model_type = _model_type(checkpoint)
     if model_type not in KNOWN:
         notes.append(

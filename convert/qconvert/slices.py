@@ -1,8 +1,7 @@
 """How a weight is cut by rows to fit in memory: every output of a slice is one contiguous span.
 
-A format's rows are independent above its block_rows, and its outputs' first dimension follows the
-rows, so the bytes of rows [start, stop) lie between the sizes that the declaration gives for
-`start` and for `stop` rows.
+A format's rows are independent above its block_rows; where the rows of a slice lie in each output
+follows from the declaration (Format.spans).
 """
 
 from collections.abc import Iterator
@@ -37,12 +36,8 @@ class Cut:
 
     def output_spans(self) -> list[tuple[int, int]]:
         """Return (offset, nbytes) within each output tensor, in the order of the declaration."""
-        before = self.declared.outputs(rows=self.start, columns=self.columns)
-        after = self.declared.outputs(rows=self.stop, columns=self.columns)
-        return [
-            (nbytes(*before[suffix]), nbytes(*after[suffix]) - nbytes(*before[suffix]))
-            for suffix in after
-        ]
+        spans = self.declared.spans(start=self.start, stop=self.stop, columns=self.columns)
+        return list(spans.values())
 
     def sizes(self) -> list[int]:
         """Return the bytes of all buffers: source, outputs, and two f64 per row of statistics."""

@@ -40,6 +40,8 @@ class Checkpoint:
     files: Mapping[str, int]
     # what was not looked into: hidden files and folders, and links to folders
     skipped: tuple[str, ...]
+    # what its side files say twice and differently, in words
+    conflicts: tuple[str, ...]
 
     def digest(self) -> str:
         """Return a sha256 over the shards' names, sizes and headers."""
@@ -101,6 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         stray_shards=tuple(name for name in weights if name not in chosen),
         files={name: size for name, size in files.items() if name not in weights and name != index},
         skipped=tuple(sorted(skipped)),
+        conflicts=_conflicts(path, files),
     )
 
 
@@ -123,6 +126,28 @@ def _files(path: Path, skipped: list[str], findings: list[Finding]) -> dict[str,
             except OSError as error:
                 findings.append(_found(file, "", "file-unreadable", error.strerror or str(error)))
     return dict(sorted(found.items()))
+
+
+def _conflicts(path: Path, files: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the chat templates that are there more than once and differ."""
+    templates: dict[str, Json] = {}
+    if "chat_template.jinja" in files:
+        text = (path / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+        templates["chat_template.jinja"] = text
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            document = load_json(path / name, constants=True) if name in files else None
+        except DocumentError:
+            # copied as it is; not ours to judge
+            continue
+        if isinstance(document, dict) and document.get("chat_template") is not None:
+            templates[name] = document["chat_template"]
+    first = next(iter(templates.values()), None)
+    if all(template == first for template in templates.values()):
+        return ()
+    return (
+        f"different chat templates in {', '.join(templates)}: engines differ in which they use",
+    )
 
 
 def _no_weights(path: Path, files: Mapping[str, int]) -> Finding:

@@ -37,6 +37,7 @@ def _section(declared: Format) -> Iterator[str]:
     yield ""
     yield f"- Formula: {declared.formula}."
     yield f"- Made from {', '.join(declared.source_dtypes)}; needs {_needs(declared)}."
+    yield f"- ||w - dequantized|| / ||w|| is at most {declared.error_bound}."
     yield f"- Also accepted as: {', '.join((declared.spelling, *declared.aliases))}, in any case."
     yield f"- Source: {declared.source}."
     if declared.departures:

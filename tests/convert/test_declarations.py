@@ -43,3 +43,16 @@ def test_blocks_of_rows_are_independent(declared: Format) -> None:
     for suffix, tensor in whole.items():
         joined = torch.cat([part[suffix].view(torch.uint8) for part in parts])
         assert torch.equal(joined, tensor.view(torch.uint8))
+
+
+@DECLARED
+def test_the_error_bound_is_nearly_reached_and_not_exceeded(declared: Format) -> None:
+    """272 lies halfway between the codes 256 and 288; 448 in each block and row sets scale 1."""
+    weight = torch.full((256, 256), 272.0)
+    weight[:, ::128] = 448.0
+    kernels = kernels_for(declared.name)
+
+    restored = kernels.dequantize_torch(kernels.quantize_torch(weight), dtype=torch.float32)
+
+    error = ((weight - restored).norm() / weight.norm()).item()
+    assert 0.9 * declared.error_bound < error <= declared.error_bound

@@ -282,3 +282,15 @@ def test_second_copies_of_the_weights_are_left_and_named(make: Make) -> None:
 def test_a_plan_is_the_same_for_the_same_input(llama: Path) -> None:
     assert plan(llama).sha256() == plan(llama).sha256()
     assert Plan.parse(plan(llama).model_dump(mode="json"), file="plan.json") == plan(llama)
+
+
+def test_chat_templates_that_differ_are_noted(make: Make) -> None:
+    path = make({"model.layers.0.q_proj.weight": W})
+    (path / "chat_template.jinja").write_text("{{ a }}")
+    (path / "tokenizer_config.json").write_text('{"chat_template": "{{ a }}"}')
+    assert plan(path).notes == []
+    (path / "tokenizer_config.json").write_text('{"chat_template": "{{ b }}"}')
+
+    (note,) = plan(path).notes
+
+    assert "different chat templates in chat_template.jinja, tokenizer_config.json" in note

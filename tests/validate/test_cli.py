@@ -143,7 +143,6 @@ def test_broken_hf_quant_config_is_a_finding(text: str, good: str) -> None:
         (["{tmp}/nowhere"], "does not exist"),
         (["{good}", "--engine", "vlm"], "there is vllm"),
         (["{good}", "--level", "load"], "needs an engine"),
-        (["{good}", "--reference", "{good}"], "needs an engine"),
         (["{good}", "--engine", "vllm", "--level", "compare"], "--reference DIR"),
         (["{good}", "--engine", "vllm", "--timeout", "-1"], "greater than 0"),
         (["{good}", "--output", "{tmp}/no/where"], "can't write"),

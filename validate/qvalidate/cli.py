@@ -45,14 +45,17 @@ def main() -> None:
 @click.argument("ckpt", type=_DIRECTORY)
 @click.option("--engine", metavar="NAME", help="Apply this engine's rules in full, and run it.")
 @click.option(
-    "--reference", metavar="DIR", type=_DIRECTORY, help="The source checkpoint to compare with."
+    "--reference",
+    metavar="DIR",
+    type=_DIRECTORY,
+    help="The source checkpoint: weights are compared, and logprobs if an engine is named.",
 )
 @click.option("--python", metavar="PATH", help="The engine's interpreter, if it has its own.")
 @click.option(
     "--level",
     type=click.Choice(["rules", "load", "generate", "compare"]),
     help="How far to go, each level including those before it. Default: rules; with --engine "
-    "generate; with --reference compare.",
+    "generate; with --reference as well, compare.",
 )
 @click.option(
     "--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True
@@ -116,7 +119,10 @@ def check(
             (max_kl, min_top1, max_rel),
         )  # fmt: skip
     try:
-        result = validate(ckpt, engine=adapter, request=request)
+        result = validate(ckpt, reference=reference, engine=adapter, request=request)
+    except ModuleNotFoundError as error:
+        needs = f"--reference needs {error.name}: pip install 'qconvert[validate]'"
+        raise click.UsageError(needs) from None
     except OSError as error:
         message = f"can't read {error.filename or ckpt}: {error.strerror or error}"
         raise click.UsageError(message) from None
@@ -171,9 +177,8 @@ def _adapter(engine: str | None) -> Engine | None:
 def _level(level: RunLevel | None, engine: Engine | None, reference: Path | None) -> Level | None:
     """Return the level to run the engine at, None for the rules alone."""
     if engine is None:
-        if level not in (None, "rules") or reference is not None:
-            asked = f"--level {level}" if level else "--reference"
-            raise click.UsageError(f"{asked} needs an engine: --engine vllm")
+        if level not in (None, "rules"):
+            raise click.UsageError(f"--level {level} needs an engine: --engine vllm")
         return None
     if level == "compare" and reference is None:
         raise click.UsageError("--level compare needs the source: --reference DIR")

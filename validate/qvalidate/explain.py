@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 
 from qvalidate.rules import RULES, Rule
-from qvalidate.rules.outside import ENGINE, LOADING
+from qvalidate.rules.outside import ENGINE, LOADING, WEIGHTS
 
 _EFFECTS = {
     "refuses": "refuses the checkpoint",
@@ -33,10 +33,14 @@ def explain(rule_id: str) -> str:
             declared.evidence
         )
         return "\n".join(lines)
-    for origin, table in (("while loading", LOADING), ("by the engine's run", ENGINE)):
+    for origin, table in (
+        ("while loading", LOADING),
+        ("against the source's weights", WEIGHTS),
+        ("by the engine's run", ENGINE),
+    ):
         if rule_id in table:
             return f"{rule_id} (found {origin}): {table[rule_id]}"
-    known = [*RULES, *LOADING, *ENGINE]
+    known = [*RULES, *LOADING, *WEIGHTS, *ENGINE]
     near = difflib.get_close_matches(rule_id, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UnknownRuleError(f"no rule {rule_id!r}{hint} `qvalidate rules` lists them")
@@ -82,6 +86,7 @@ def markdown() -> str:
             parts.append("Evidence:\n\n" + "\n".join(f"- {line}" for line in declared.evidence))
     for title, table in (
         ("Found while loading, before any rule", LOADING),
+        ("Found by comparing with the source's weights (`--reference`)", WEIGHTS),
         ("Found by running the engine", ENGINE),
     ):
         parts += [f"## {title}", "\n".join(f"- `{key}`: {text}" for key, text in table.items())]

@@ -10,6 +10,7 @@ from qvalidate.engines import Engine, EngineOutcome, EngineRequest
 from qvalidate.loader import load
 from qvalidate.result import Agreement, EngineReport, Prediction, Result, RunLevel, Subject
 from qvalidate.rules import RULES, run
+from qvalidate.weights import weight_findings
 
 _TOOL = Tool(name="qvalidate", version=__version__)
 
@@ -17,12 +18,14 @@ _TOOL = Tool(name="qvalidate", version=__version__)
 def validate(
     path: Path,
     *,
+    reference: Path | None = None,
     engine: Engine | None = None,
     request: EngineRequest | None = None,
 ) -> Result:
     """Return what the rules, and the engine if a `request` goes with it, say about `path`.
 
-    The engine is run also where the rules predict that it refuses: the report says whether it did.
+    With `reference` every quantized weight is compared with the one in that source checkpoint. The
+    engine is run also where the rules predict that it refuses: the report says whether it did.
     """
     name = engine.name if engine else None
     level: RunLevel = request.level if request else "rules"
@@ -39,6 +42,8 @@ def validate(
             engine=report,
         )
     findings = list(run(context, engine=name))
+    if reference is not None:
+        findings += weight_findings(context, reference)
     report = None
     if engine is not None:
         predicted, predicted_by = predict(findings, engine=engine.name)

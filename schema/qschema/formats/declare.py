@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qschema.dtypes import BITS
+from qschema.dtypes import BITS, nbytes
 from qschema.strict import Strict
 
 _DIM = re.compile(
@@ -51,6 +51,8 @@ class Format(Strict):
     multiple_of_n: int = 1
     multiple_of_k: int = 1
     source_dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
+    # what ||w - dequantized|| / ||w|| can't exceed when the scales come from the weight itself
+    error_bound: float
     # suffixes whose value the members of a fused group (q/k/v, gate/up) must have in common
     shared_by_fused: tuple[str, ...] = ()
     # suffixes whose value comes from activation statistics
@@ -69,6 +71,20 @@ class Format(Strict):
                 for spec in self.tensors
             }
         )
+
+    def spans(self, *, start: int, stop: int, columns: int) -> Mapping[str, tuple[int, int]]:
+        """Return suffix -> (offset, nbytes) of rows [start, stop) within each tensor.
+
+        The first dimension of every tensor follows the rows, so the rows before `start` (which cuts
+        between blocks) and those up to `stop` say where a slice lies by their sizes alone.
+        """
+        before = self.outputs(rows=start, columns=columns)
+        after = self.outputs(rows=stop, columns=columns)
+        offsets = {suffix: nbytes(*output) for suffix, output in before.items()}
+        return {
+            suffix: (offsets[suffix], nbytes(*output) - offsets[suffix])
+            for suffix, output in after.items()
+        }
 
     def bits(self, *, rows: int, columns: int) -> int:
         """Return the stored bits of a Linear [rows, columns], scales included."""

@@ -32,6 +32,8 @@ FORMAT = Format(
         ),
     ),
     block_rows=128,
+    # half a step of three mantissa bits, 2^-4, and a little for subnormal codes
+    error_bound=0.0626,
     formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero block; code = e4m3(w / scale)",
     source="ModelOpt 0.47.0 export/quant_utils.py:889-892, qtensor/fp8_tensor.py:57-111",
     departures=(

@@ -30,6 +30,8 @@ FORMAT = Format(
             meaning="scale of each output channel (row)",
         ),
     ),
+    # half a step of three mantissa bits, 2^-4, and a little for subnormal codes
+    error_bound=0.0626,
     formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero row; code = e4m3(w / scale)",
     source="ModelOpt 0.47.0 export/quant_utils.py:895-918",
 )

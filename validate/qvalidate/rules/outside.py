@@ -1,4 +1,4 @@
-"""Findings that no rule makes: the loader's before any rule can run, an engine's after them."""
+"""Findings that no rule makes: the loader's before any rule can run, what comes after them."""
 
 from collections.abc import Mapping
 
@@ -34,6 +34,12 @@ LOADING: Mapping[str, str] = {
     "safetensors-shape": "a shape is not a list of sizes",
     "safetensors-trailing-bytes": "bytes follow the last tensor",
     "safetensors-truncated": "a file is shorter than its header says",
+}
+
+WEIGHTS: Mapping[str, str] = {
+    "weight-error": "a dequantized weight is further from the source's than its format can explain",
+    "weight-not-in-reference": "the source has no tensor of that name to compare with",
+    "weight-reference-shape": "the source's tensor has another shape or is no weight",
 }
 
 ENGINE: Mapping[str, str] = {
