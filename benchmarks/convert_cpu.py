@@ -14,7 +14,6 @@ Standard library only, on purpose: a child's peak RSS as Linux reports it begins
 """
 
 import argparse
-import csv
 import datetime
 import os
 import shlex
@@ -23,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from rows import append, commit
 
 HERE = Path(__file__).resolve().parent
 LAYOUTS = ["shards", "single"]
@@ -138,13 +139,6 @@ def measure(command: list[str], work: Path, *, num_rounds: int, pages: str) -> d
     return found
 
 
-def commit() -> str:
-    """Returns the short commit of this checkout, with `-dirty` where files differ from it."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
-    result = subprocess.run(git, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "none"
-
-
 def cpu_name() -> str:
     """Returns the processor's name as the kernel gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -175,16 +169,6 @@ def to_rows(found: dict[str, Samples]) -> list[Row]:
             )
         )
     return rows
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Adds the rows to the CSV; a new file gets the header first."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(column.name for column in fields(Row))
-        writer.writerows(astuple(row) for row in rows)
 
 
 def main() -> int:

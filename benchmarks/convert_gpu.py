@@ -9,7 +9,6 @@ Appends one CSV row per case: `wall_s` is the whole process, `stream_s` from ope
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
@@ -18,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from convert_cpu import commit
+from rows import append, commit
 
 from qconvert.backends import Device, resolve
 from qconvert.convert import convert
@@ -217,12 +216,7 @@ def main() -> int:
                 )
             )
             print(rows[-1], [round(value, 2) for value in times], flush=True)
-    is_new = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(column.name for column in fields(Row))
-        writer.writerows(astuple(row) for row in rows)
+    append(args.csv, rows)
     return 0
 
 

@@ -8,18 +8,17 @@ give the same bytes.
 """
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rows import append, commit
 
 import qkernels
 from qkernels import native
@@ -119,8 +118,6 @@ def main() -> None:
     torch.set_num_threads(1)
     n, k = (int(size) for size in options.shape.split("x"))
     w = (torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     rows = []
     for name in qkernels.formats():
         cases = cases_of(name, w, options.rounds)
@@ -128,7 +125,7 @@ def main() -> None:
             rows.append(
                 Row(
                     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    commit=commit,
+                    commit=commit(),
                     op=case.op,
                     shape=options.shape,
                     dtype="bf16",
@@ -139,12 +136,7 @@ def main() -> None:
                 )
             )
             print(f"{rows[-1].op:50} {rows[-1].ms:9.2f} ms {rows[-1].gb_per_s:7.2f} GB/s of bf16")
-    new = not options.csv.exists()
-    with options.csv.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([column.name for column in fields(Row)])
-        writer.writerows(astuple(row) for row in rows)
+    append(options.csv, rows)
 
 
 if __name__ == "__main__":

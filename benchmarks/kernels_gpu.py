@@ -10,18 +10,17 @@ instead tries launch choices and prints them, best first.
 """
 
 import argparse
-import csv
 import datetime
 import itertools
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
+from rows import append, commit
 
 import qkernels
 from qkernels import _triton_fp8
@@ -220,12 +219,10 @@ def measure(rounds: int) -> list[Row]:
     cases = [copy_case(), *kernel_cases()]
     times = medians_us(cases, rounds)
     copy_rate = cases[0].nbytes / times[0]
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return [
         Row(
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            commit=commit,
+            commit=commit(),
             op=case.op,
             shape=case.shape,
             dtype="uint8" if case.op == "copy" else "bf16",
@@ -238,16 +235,6 @@ def measure(rounds: int) -> list[Row]:
         )
         for us, case in zip(times, cases, strict=True)
     ]
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([column.name for column in fields(Row)])
-        writer.writerows(astuple(row) for row in rows)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from qvalidate.engines import Engine, EngineOutcome, EngineRequest
 from qvalidate.loader import load
 from qvalidate.result import Agreement, EngineReport, Prediction, Result, RunLevel, Subject
 from qvalidate.rules import RULES, run
+from qvalidate.rules.outside import WEIGHTS
+from qvalidate.rules.registry import Effect
 from qvalidate.weights import weight_findings
 
 _TOOL = Tool(name="qvalidate", version=__version__)
@@ -72,7 +74,9 @@ def predict(findings: list[Finding], *, engine: str) -> tuple[Prediction, list[s
     effects: dict[str, list[str]] = {}
     for finding in findings:
         declared = RULES.get(finding.rule)
-        effect = declared.effects.get(engine) if declared else None
+        # wrong weights load in any engine
+        by_weights: Effect | None = "wrong" if finding.rule in WEIGHTS else None
+        effect = declared.effects.get(engine) if declared else by_weights
         if effect and finding.severity == "error" and finding.rule not in effects.get(effect, []):
             effects.setdefault(effect, []).append(finding.rule)
     if "refuses" in effects:
