@@ -4,7 +4,7 @@
 
 For llama, qwen3 and mixtral in every format: convert, `qvalidate --engine vllm --reference`, keep
 the JSON as OUT_DIR/<model>-<format>.json. Then llama with the scales of one projection times 8,
-which only a comparison with the source can see. Prints a table; exits 1 if rules and engine disagree anywhere.
+which no rule sees. Prints a table; exits 1 if prediction and engine disagree anywhere.
 """
 
 import argparse
