@@ -4,7 +4,7 @@
 #
 #     benchmarks/h200.sh OUT VLLM_PYTHON
 #
-# Needs python3 with torch, triton, pytest, numpy, ml_dtypes, hypothesis, click, pydantic, rich, yaml,
+# Needs python3 with torch, triton, pytest, numpy, ml_dtypes, safetensors, click, pydantic, rich, yaml,
 # a C compiler, and 40 GB of memory for the 16 GB checkpoint in /dev/shm.
 set -uo pipefail
 out=$1 vllm=$2
@@ -19,7 +19,7 @@ step() {
 }
 
 step "native kernels" python3 hatch_build.py
-step "kernel parity" python3 -m pytest -q -p no:cacheprovider tests/kernels
+step "kernel parity" python3 -m pytest -q -p no:cacheprovider tests/kernels tests/convert/test_gpu.py
 step "kernel speed" python3 benchmarks/kernels_gpu.py --csv "$out/kernels_gpu.csv"
 step "conversion" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert --csv "$out/convert_gpu.csv"
 rm -rf /dev/shm/qconvert
