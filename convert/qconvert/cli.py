@@ -54,6 +54,12 @@ def _format_name(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(str(error)) from None
 
 
+def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+    return value
+
+
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: qconvert Qwen3-8B Qwen3-8B-FP8 --algo FP8_PB_WO",
@@ -65,7 +71,13 @@ def _format_name(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these modules as they are.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize despite the defaults.")
 @click.option("--leave", multiple=True, metavar="PATTERN", help="Files not to copy.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    callback=_device_name,
+    help="auto, cpu, cuda or cuda:N.",
+)
 @click.option("--workers", type=click.IntRange(1, 256), help="Default: suits the machine.")
 @click.option(
     "--memory-budget",
@@ -162,4 +174,7 @@ def main() -> None:
         os._exit(130)
     except (ConvertError, DocumentError) as error:
         click.echo(f"qconvert: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"qconvert: {error.filename}: {error.strerror or error}", err=True)
         sys.exit(1)

@@ -53,6 +53,7 @@ def partial_directory(output: Path) -> Iterator[Path]:
 
     Raises ConvertError if another run holds it, or if it is not the work of this tool.
     """
+    output = output.resolve()
     partial = output.with_name(f"{output.name}.partial")
     _clear(partial)
     partial.mkdir()
@@ -65,7 +66,7 @@ def partial_directory(output: Path) -> Iterator[Path]:
         _sync_directories(partial)
         # an empty output directory is replaced, anything else makes this fail
         os.rename(partial, output)
-        _sync_directory(output.resolve().parent)
+        _sync_directory(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

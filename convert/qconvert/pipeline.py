@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qconvert.backends import Backend, Device, Task
-from qconvert.errors import ConvertError
+from qconvert.errors import ConvertError, human
 from qconvert.files import Files
 from qconvert.slices import Cut, aligned, cuts, rows_per_slice
 from qschema.dtypes import HIGH_PRECISION
@@ -25,6 +25,7 @@ from qschema.report import TensorReport, WrittenTensor
 
 # bytes of a tensor that is only copied, per read
 _COPY_NBYTES = 4 << 20
+_MIN_SHARE_NBYTES = 64 << 10
 
 
 @dataclass
@@ -61,8 +62,14 @@ def run(
     `watch` is called about ten times a second from the calling thread. The first error of a worker
     stops the others and is raised; KeyboardInterrupt stops them too.
     """
-    files = Files(plan, source=source, output=output)
     share = budget // workers
+    if share < _MIN_SHARE_NBYTES:
+        raise ConvertError(
+            f"a memory budget of {human(budget)} leaves {human(share)} for each of {workers} "
+            f"workers, {human(_MIN_SHARE_NBYTES)} is the least; raise --memory-budget or lower "
+            "--workers"
+        )
+    files = Files(plan, source=source, output=output)
     # largest first: no worker is left with a big tensor at the end
     steps = sorted(enumerate(plan.steps), key=lambda item: (-item[1].source.nbytes, item[0]))
     shared = _Shared(
@@ -144,7 +151,7 @@ class _Worker:
         self._shared = shared
         self._backend = backend
         self._slot = slot
-        self._buffer = backend.allocate(max(1, nbytes))
+        self._buffer = backend.allocate(max(8, nbytes))
 
     def convert(self, step: Step) -> TensorReport:
         """Write the outputs of `step` and return its report."""
@@ -154,8 +161,9 @@ class _Worker:
         (output,) = step.outputs
         source, digest = step.source, hashlib.sha256()
         num_nonfinite = 0 if source.dtype in HIGH_PRECISION else None
-        chunk = min(_COPY_NBYTES, len(self._buffer) // 8 * 8)
-        for begin in range(0, source.nbytes, max(chunk, 1)):
+        # whole elements of any dtype
+        chunk = min(_COPY_NBYTES, max(8, len(self._buffer) // 8 * 8))
+        for begin in range(0, source.nbytes, chunk):
             view = self._buffer[: min(chunk, source.nbytes - begin)]
             self._shared.files.read(source.file, view, offset=source.offset + begin)
             if num_nonfinite is not None:

@@ -195,7 +195,7 @@ BAD_WORDS = [
     ([], 2, "give either --algo or --recipe"),
     (["--algo", "FP8_PB_WO", "--recipe", "r.yaml"], 2, "give either --algo or --recipe"),
     (["--algo", "FP8_PB_WO", "--memory-budget", "lots"], 2, "'lots' is not a size"),
-    (["--algo", "FP8_PB_WO", "--device", "tpu"], 1, "expected auto, cpu, cuda or cuda:N"),
+    (["--algo", "FP8_PB_WO", "--device", "tpu"], 2, "'tpu' is none of auto, cpu, cuda, cuda:N"),
     (["--algo", "FP8_PB_WO", "--device", "cuda:99"], 1, "this machine shows"),
     (["--algo", "FP8_PB_WO", "--workers", "0"], 2, "0 is not in the range"),
     (["--recipe", "nowhere.yaml"], 1, "nowhere.yaml: recipe-missing: no such file"),
@@ -377,6 +377,34 @@ def test_a_damaged_input_is_one_clear_error(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_error(llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for file in llama.iterdir():
+        (source / file.name).symlink_to(file)
+    shard = source / "model-00002-of-00003.safetensors"
+    shard.unlink()
+    shard.mkdir()
+
+    done = qconvert(source, tmp_path / "out", "--algo", "FP8_PB_WO")
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "model-00002-of-00003.safetensors" in done.stderr
+
+
+def test_the_current_directory_can_be_the_output(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+
+    done = qconvert(llama, ".", "--algo", "FP8_PB_WO", "-q", "--device", "cpu")
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_output_that_exists_is_not_touched(llama: Path, tmp_path: Path) -> None:

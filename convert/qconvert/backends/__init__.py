@@ -79,9 +79,6 @@ def resolve(device: str, *, formats: list[str]) -> Device:
     not here.
     """
     kind, _, ordinal = device.partition(":")
-    numbered = not ordinal or (kind == "cuda" and ordinal.isdigit())
-    if kind not in ("auto", "cpu", "cuda") or not numbered:
-        raise ConvertError(f"--device {device!r}: expected auto, cpu, cuda or cuda:N")
     if kind != "cuda" and all(supports(name) for name in formats):
         from qconvert.backends.native import NativeBackend
 
@@ -89,10 +86,12 @@ def resolve(device: str, *, formats: list[str]) -> Device:
     num_gpus = count_gpus() if kind != "cpu" else 0
     if kind == "cuda" and int(ordinal or 0) >= num_gpus:
         raise ConvertError(f"--device {device}: this machine shows {num_gpus} CUDA devices")
-    _need_torch()
+    _need("torch")
     if num_gpus:
-        from qconvert.backends.cuda import CudaBackend
+        _need("triton")
+        from qconvert.backends.cuda import CudaBackend, check_torch
 
+        check_torch()
         name = f"cuda:{int(ordinal or 0)}"
         return Device(name, min(8, _num_cores()), lambda: CudaBackend(name))
     from qconvert.backends.torch_cpu import TorchBackend
@@ -100,11 +99,11 @@ def resolve(device: str, *, formats: list[str]) -> Device:
     return Device("cpu (torch)", _num_cores(), TorchBackend)
 
 
-def _need_torch() -> None:
-    if find_spec("torch") is None:
+def _need(package: str) -> None:
+    if find_spec(package) is None:
         raise ConvertError(
-            "neither native kernels nor torch is here: pip install 'qconvert[convert]', or "
-            "install again with a C compiler at hand"
+            f"{package} is not installed, and there are no native kernels to do without it: "
+            "pip install 'qconvert[convert]', or install again with a C compiler at hand"
         )
 
 

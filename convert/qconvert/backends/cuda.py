@@ -8,7 +8,17 @@ import torch
 
 from qconvert.backends import Counts, Task
 from qconvert.backends.torch_cpu import count_nonfinite, source_tensor, store
+from qconvert.errors import ConvertError
 from qkernels import kernels_for
+
+
+def check_torch() -> None:
+    """Raise ConvertError if this torch was built without CUDA, whatever the machine has."""
+    if not torch.cuda.is_available():
+        raise ConvertError(
+            f"torch {torch.__version__} does not see the CUDA device: install a CUDA build of "
+            "torch, or convert with --device cpu"
+        )
 
 
 class CudaBackend:
