@@ -6,6 +6,7 @@ wheel is pure Python and the package falls back to torch. `python hatch_build.py
 place, without hatchling.
 """
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -43,10 +44,16 @@ class CompileError(Exception):
 
 
 def compilers() -> list[list[str]]:
-    """Command lines of the C compilers to try, $CC first."""
-    named = os.environ.get("CC")
+    """Command lines of the C compilers to try, in order: what $CC says alone, else the usual names.
+
+    Raises: CompileError for a $CC that is no command line.
+    """
+    named = os.environ.get("CC", "").strip()
     if named:
-        return [shlex.split(named)]
+        try:
+            return [shlex.split(named)]
+        except ValueError as error:
+            raise CompileError(f"$CC is {named!r}: {error}") from None
     return [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
 
 
@@ -55,25 +62,34 @@ def compile_library(out: Path, *, extra: Sequence[str] = ()) -> None:
 
     Raises: CompileError with every attempt's reason.
     """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # beside its place, so that it can be moved there in one step
+        scratch = tempfile.TemporaryDirectory(dir=out.parent)
+    except OSError as error:
+        raise CompileError(f"can't write {out.parent}: {error.strerror}") from None
+    with scratch as folder:
+        _compile_in(Path(folder), out, extra)
+
+
+def _compile_in(folder: Path, out: Path, extra: Sequence[str]) -> None:
     sources = sorted(str(path) for path in SOURCES.glob("*.c"))
     failures = []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        built = Path(scratch) / out.name
-        for compiler in compilers():
-            for variant in VARIANTS:
-                command = [*compiler, *FLAGS, *variant, *extra, "-o", str(built), *sources, "-lm"]
-                try:
-                    subprocess.run(command, check=True, capture_output=True, text=True)
-                    # resolving the instruction set happens on load, so a bad build shows here
-                    ctypes.CDLL(str(built))
-                except (OSError, subprocess.CalledProcessError) as error:
-                    reason = getattr(error, "stderr", None) or str(error)
-                    failures.append(f"{shlex.join(command[:1])}: {reason.strip()[:2000]}")
-                    continue
-                # a process that has the old library mapped keeps it: replace, never overwrite
-                os.replace(built, out)
-                return
+    built = folder / out.name
+    for compiler in compilers():
+        for variant in VARIANTS:
+            command = [*compiler, *FLAGS, *variant, *extra, "-o", str(built), *sources, "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                # resolving the instruction set happens on load, so a bad build shows here
+                ctypes.CDLL(str(built))
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = getattr(error, "stderr", None) or str(error)
+                failures.append(f"{shlex.join(command[:1])}: {reason.strip()[:2000]}")
+                continue
+            # a process that has the old library mapped keeps it: replace, never overwrite
+            os.replace(built, out)
+            return
     raise CompileError("; ".join(failures) or "no C compiler: set CC or install gcc or clang")
 
 
@@ -88,7 +104,8 @@ class NativeBuildHook(Hook):
             compile_library(LIBRARY)
         except CompileError as error:
             # a library of older sources would be worse than none
-            LIBRARY.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                LIBRARY.unlink()
             self.app.display_warning(
                 f"qkernels: no native library, so CPU conversion needs torch and is slower: {error}"
             )

@@ -1,10 +1,13 @@
 """The command `qconvert`: words in, exit codes out. Data goes to stdout, words to stderr.
 
-Exit codes: 0 done, 1 the conversion failed or was interrupted, 2 the command makes no sense.
+Exit codes: 0 done, 1 the conversion failed, 2 the command makes no sense, 130 interrupted.
 """
 
+import contextlib
 import os
 import re
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from qconvert.backends import resolve
 from qconvert.convert import convert
 from qconvert.errors import ConvertError, human
 from qconvert.output import check_paths
+from qconvert.pipeline import fitting_workers
 from qconvert.planner import make_plan
 from qconvert.progress import progress_bar
 from qconvert.summary import describe
@@ -71,6 +75,7 @@ def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these modules as they are.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize despite the defaults.")
 @click.option("--leave", multiple=True, metavar="PATTERN", help="Files not to copy.")
+@click.option("--copy", multiple=True, metavar="PATTERN", help="Files to copy all the same.")
 @click.option(
     "--device",
     default="auto",
@@ -99,6 +104,7 @@ def qconvert(
     exclude: tuple[str, ...],
     include: tuple[str, ...],
     leave: tuple[str, ...],
+    copy: tuple[str, ...],
     device: str,
     workers: int | None,
     memory_budget: int,
@@ -119,6 +125,7 @@ def qconvert(
             "exclude": [*asked.exclude, *exclude],
             "include": [*asked.include, *include],
             "leave": [*asked.leave, *leave],
+            "copy_files": [*asked.copy_files, *copy],
             "allow_nonfinite": asked.allow_nonfinite or allow_nonfinite,
         }
     )
@@ -126,7 +133,7 @@ def qconvert(
     checkpoint = open_checkpoint(in_dir)
     plan = make_plan(checkpoint, asked)
     for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {_printable(note)}", err=True)
     if dry_run:
         _print_plan(plan, style)
         return
@@ -137,7 +144,8 @@ def qconvert(
             plan,
             out_dir,
             device=target,
-            workers=workers or target.default_workers,
+            workers=workers
+            or fitting_workers(plan, wanted=target.default_workers, budget=memory_budget),
             budget=memory_budget,
             watch=watch,
         )
@@ -157,11 +165,26 @@ def _print_plan(plan: Plan, style: str) -> None:
         click.echo(plan.model_dump_json(indent=1))
     else:
         for line in describe(plan):
-            click.echo(line)
+            click.echo(_printable(line))
+
+
+def _printable(text: str) -> str:
+    """Return `text` with control characters, which a tensor's name may hold, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files to what the system allows: a worker opens two per shard."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def main() -> None:
     """Run the command; errors of the user's world become one line each and an exit code."""
+    # a scheduler's polite end cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _allow_many_files()
     try:
         qconvert(standalone_mode=False)
     except click.ClickException as error:

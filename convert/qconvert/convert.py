@@ -36,9 +36,10 @@ def convert(
     """
     check_paths(checkpoint.path, output)
     copied = sum(side.nbytes or 0 for side in plan.side_files if side.action == "copy")
-    check_space(output, plan.output_nbytes() + copied + _SLACK_NBYTES)
     try:
         with partial_directory(output) as partial:
+            # after what a killed run left has been cleared away
+            check_space(output, plan.output_nbytes() + copied + _SLACK_NBYTES)
             tensors = run(
                 plan,
                 source=checkpoint.path,

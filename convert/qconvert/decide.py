@@ -37,30 +37,37 @@ def decide(
     or a weight that its format can't take.
     """
     module = module_of(tensor.name)
+    excluded = _ancestor_matching(module, recipe.exclude, used)
+    included = _ancestor_matching(module, recipe.include, used)
+    rule = next((rule for rule in recipe.rules if matching(module, [rule.match])), None)
+    used.update(rule.match for rule in recipe.rules if matching(module, [rule.match]))
 
     def keep(reason: str) -> Decision:
         return Decision(tensor, module, None, reason)
 
-    excluded = _ancestor_matching(module, recipe.exclude, used)
     if excluded is not None:
         return keep(f"excluded by {excluded!r}")
     if tensor.dtype not in HIGH_PRECISION:
         return keep(f"{tensor.dtype} is not quantized")
-    if len(tensor.shape) > 2:
-        return keep(_high_rank(tensor, module, config))
-    if len(tensor.shape) < 2 or not tensor.name.endswith(".weight"):
+    if is_stacked(tensor):
+        return keep(_stacked(tensor, module, config))
+    if len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
         return keep("not the weight of a linear layer")
-    if not _ancestor_matching(module, recipe.include, used):
+    if included is None:
         reason = keep_reason(module, config=config) or _vocabulary(tensor, config)
         if reason is not None:
             return keep(reason)
     if 0 in tensor.shape:
         return keep("has no elements")
-    for rule in recipe.rules:
-        if matching(module, [rule.match]):
-            used.add(rule.match)
-            return _quantize(tensor, module, find(rule.algo), rule.match)
-    return keep("no rule matches")
+    if rule is None:
+        return keep("no rule matches")
+    return _quantize(tensor, module, find(rule.algo), rule.match)
+
+
+def is_stacked(tensor: Stored) -> bool:
+    """Return whether `tensor` may hold several matrices: stacked experts, or a convolution."""
+    bare = len(tensor.shape) == 2 and not tensor.name.endswith((".weight", "bias"))
+    return len(tensor.shape) > 2 or (bare and "experts" in tensor.name)
 
 
 def _quantize(tensor: Stored, module: str, declared: Format, match: str) -> Decision:
@@ -73,8 +80,8 @@ def _quantize(tensor: Stored, module: str, declared: Format, match: str) -> Deci
     return Decision(tensor, module, declared, f"rule {match!r}")
 
 
-def _high_rank(tensor: Stored, module: str, config: Mapping[str, Json]) -> str:
-    """Return why a tensor of three or more dimensions is kept; refuse what may be experts."""
+def _stacked(tensor: Stored, module: str, config: Mapping[str, Json]) -> str:
+    """Return why a stack of matrices is kept; refuse what may be experts."""
     reason = keep_reason(module, config=config)
     if reason is not None:
         return reason
@@ -96,11 +103,11 @@ def _vocabulary(tensor: Stored, config: Mapping[str, Json]) -> str | None:
 
 
 def _ancestor_matching(module: str, patterns: list[str], used: set[str]) -> str | None:
-    """Return the first pattern that matches `module` or a module above it."""
+    """Return the first pattern that matches `module` or a module above it; note all that do."""
+    if not patterns:
+        return None
     parts = module.split(".")
-    for pattern in patterns:
-        for depth in range(len(parts), 0, -1):
-            if matching(".".join(parts[:depth]), [pattern]):
-                used.add(pattern)
-                return pattern
-    return None
+    names = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    found = [pattern for pattern in patterns if any(matching(name, [pattern]) for name in names)]
+    used.update(found)
+    return found[0] if found else None

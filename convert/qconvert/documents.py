@@ -50,12 +50,19 @@ def index(source_metadata: Mapping[str, Json], plan: Plan) -> dict[str, Json]:
     weight_map: dict[str, Json] = {
         span.name: span.file for span in sorted(outputs, key=lambda span: span.name)
     }
-    return {"metadata": {**source_metadata, "total_size": total}, "weight_map": weight_map}
+    kept = {
+        key: value for key, value in source_metadata.items() if not isinstance(value, dict | list)
+    }
+    return {"metadata": {**kept, "total_size": total}, "weight_map": weight_map}
 
 
 def dump(document: Mapping[str, Json]) -> bytes:
     """Return the bytes of a JSON file: indented by four, UTF-8, one newline at the end."""
-    return (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        # half a character, which JSON can hold as an escape and UTF-8 can't
+        return (json.dumps(document, indent=4) + "\n").encode()
 
 
 def _format(plan: Plan) -> Format:

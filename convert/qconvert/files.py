@@ -56,9 +56,7 @@ class Files:
     def write(self, file: str, buffer: memoryview, *, offset: int) -> None:
         """Write all of `buffer` at `offset` of output file `file`."""
         descriptor = self._writer(file)
-        done = 0
-        while done < len(buffer):
-            done += os.pwrite(descriptor, buffer[done:], offset + done)
+        _write_all(descriptor, buffer, offset)
         start_writeback(descriptor, offset=offset, nbytes=len(buffer))
 
     def tensor_done(self, file: str) -> None:
@@ -110,8 +108,14 @@ class Files:
         # 0o666 less the umask, as any program's files
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.ftruncate(descriptor, shard.nbytes)
-        os.pwrite(descriptor, self._openings[shard.file], 0)
+        _write_all(descriptor, memoryview(self._openings[shard.file]), 0)
         return descriptor
+
+
+def _write_all(descriptor: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(descriptor, buffer[done:], offset + done)
 
 
 def disk_full(error: OSError) -> bool:

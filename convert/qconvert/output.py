@@ -30,6 +30,10 @@ def check_paths(source: Path, output: Path) -> None:
         raise ConvertError(f"{output}: lies inside the input directory {source}")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConvertError(f"{output}: exists and is not a directory; nothing is overwritten")
+    if os.path.ismount(output):
+        raise ConvertError(
+            f"{output}: is a mount point, which can't be renamed to; add a folder name"
+        )
     if output.is_dir() and any(output.iterdir()):
         raise ConvertError(f"{output}: exists and is not empty; nothing is overwritten")
     parent = outside.parent
@@ -62,10 +66,12 @@ def partial_directory(output: Path) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
-        marker.unlink()
         _sync_directories(partial)
         # an empty output directory is replaced, anything else makes this fail
         os.rename(partial, output)
+        # last: a run that is killed before leaves a directory that the next one knows for its own
+        (output / _MARKER).unlink()
+        _sync_directory(output)
         _sync_directory(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +102,10 @@ def _clear(partial: Path) -> None:
     if not partial.exists():
         return
     marker = partial / _MARKER
+    if partial.is_dir() and not any(partial.iterdir()):
+        # killed before it had its marker
+        partial.rmdir()
+        return
     if not marker.is_file():
         raise ConvertError(f"{partial}: is in the way and was not made by qconvert; remove it")
     with open(marker, "r+b") as file:

@@ -122,6 +122,18 @@ def _work(shared: _Shared, device: Device, nbytes: int, slot: int) -> None:
         shared.stop.set()
 
 
+def fitting_workers(plan: Plan, *, wanted: int, budget: int) -> int:
+    """Return `wanted` workers, or as many as get the memory that one block of the largest needs."""
+    least = _MIN_SHARE_NBYTES
+    for step in plan.steps:
+        if step.algo is not None:
+            declared = find(step.algo)
+            rows, columns = step.source.shape
+            smallest = Cut(declared, step.source.dtype, 0, min(declared.block_rows, rows), columns)
+            least = max(least, smallest.footprint())
+    return max(1, min(wanted, budget // least))
+
+
 def _needed(step: Step, preferred: int, limit: int) -> int:
     """Return the bytes of buffer that one slice of `step` takes."""
     if step.algo is None:
@@ -234,7 +246,9 @@ class _Worker:
             self._shared.files.write(span.file, view, offset=span.offset + offset)
 
     def _check(self, step: Step, num_nonfinite: int) -> None:
-        if num_nonfinite and not self._shared.allow_nonfinite:
+        # a kept buffer may hold -inf for good reason (a mask); a weight may not
+        is_weight = step.algo is not None or step.source.name.endswith(("weight", "bias"))
+        if num_nonfinite and is_weight and not self._shared.allow_nonfinite:
             raise ConvertError(
                 f"{step.source.file}::{step.source.name}: {num_nonfinite} of "
                 f"{math.prod(step.source.shape)} elements are NaN or Inf; the weights are damaged, "

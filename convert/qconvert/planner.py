@@ -3,14 +3,22 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from qconvert.decide import Decision, decide
+from qconvert.decide import Decision, decide, is_stacked
 from qconvert.errors import ConvertError, some
 from qconvert.excludes import collapse
 from qconvert.side_files import side_files
 from qschema import __version__
-from qschema.architectures import KNOWN, REFUSED, fused_siblings, has_tied_head, text_config
+from qschema.architectures import (
+    KNOWN,
+    REFUSED,
+    fused_siblings,
+    has_tied_head,
+    matching,
+    text_config,
+)
 from qschema.checkpoint import Checkpoint
-from qschema.plan import OutputShard, Plan, Source, Span, Step, Tool, Unit
+from qschema.dtypes import QUANTIZED
+from qschema.plan import OutputShard, Plan, SideFile, Source, Span, Step, Tool, Unit
 from qschema.recipe import Recipe
 from qschema.safetensors import Entry, Stored, layout
 
@@ -22,9 +30,9 @@ _QUANTIZED_SUFFIXES = (
     ".weight_packed",
     ".qweight",
     ".qzeros",
-    "_blocks",
-    "_scales",
 )
+# gpt-oss: codes and exponents, as bytes
+_PACKED_SUFFIXES = ("_blocks", "_scales")
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
@@ -48,6 +56,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             f"the recipe mixes {', '.join(algos)}; this version writes one format per checkpoint"
         )
     shards, placed = _place(checkpoint, decisions)
+    sides = side_files(checkpoint, recipe)
     return Plan(
         tool=Tool(version=__version__),
         source=Source(
@@ -60,8 +69,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         exclude_modules=_exclude_modules(checkpoint, decisions),
         shards=shards,
         units=[Unit(steps=[_step(decision, placed)]) for decision in decisions],
-        side_files=side_files(checkpoint, recipe),
-        notes=[*_notes(checkpoint, decisions), *_unused(recipe, used)],
+        side_files=sides,
+        notes=[*_notes(checkpoint, decisions), *_unused(recipe, used), *_left(sides, recipe)],
     )
 
 
@@ -70,16 +79,22 @@ def _refuse(checkpoint: Checkpoint) -> None:
     model_type = _model_type(checkpoint)
     if model_type is not None and model_type in REFUSED:
         raise ConvertError(f"{path}: model type {model_type!r} {REFUSED[model_type]}")
+    for name, tensor in checkpoint.tensors.items():
+        # three times as many columns as rows: q, k and v side by side, not one above the other
+        if name.endswith("attn.c_attn.weight") and tensor.shape[1:] == (3 * tensor.shape[0],):
+            raise ConvertError(f"{tensor.file}::{name}: {REFUSED['gpt2']}")
     found = None
     if "hf_quant_config.json" in checkpoint.files:
         found = "it holds hf_quant_config.json"
-    elif "quantization_config" in config or "quantization_config" in text_config(config):
+    elif config.get("quantization_config") or text_config(config).get("quantization_config"):
         found = "config.json has a quantization_config"
     else:
         names = [
             name
             for name, tensor in checkpoint.tensors.items()
-            if name.endswith(_QUANTIZED_SUFFIXES) or tensor.dtype.startswith(("F8", "F4", "F6"))
+            if name.endswith(_QUANTIZED_SUFFIXES)
+            or tensor.dtype in QUANTIZED
+            or (name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "U8")
         ]
         if names:
             found = f"it holds {some(names)}"
@@ -167,7 +182,7 @@ def _exclude_modules(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> l
             quantized.append(decision.module)
         elif len(decision.tensor.shape) == 2 and decision.tensor.name.endswith(".weight"):
             kept.append(decision.module)
-        elif len(decision.tensor.shape) > 2:
+        elif is_stacked(decision.tensor):
             # stacked experts have no module of their own: their parent is what engines look up
             named = decision.tensor.name.endswith(".weight")
             kept.append(decision.module if named else decision.module.rpartition(".")[0])
@@ -206,3 +221,17 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
 def _unused(recipe: Recipe, used: set[str]) -> list[str]:
     patterns = [*recipe.exclude, *recipe.include, *(rule.match for rule in recipe.rules)]
     return [f"{pattern!r} matches no module" for pattern in patterns if pattern not in used]
+
+
+def _left(sides: list[SideFile], recipe: Recipe) -> list[str]:
+    """Return notes on the files that stay behind, and on file patterns that did nothing."""
+    left = [side.file for side in sides if side.action == "leave" and not side.file.startswith(".")]
+    notes = [f"left behind: {some(left)}"] if left else []
+    for action, patterns in (("leave", recipe.leave), ("copy", recipe.copy_files)):
+        files = [side.file for side in sides if side.action == action]
+        notes += [
+            f"--{action} {pattern!r} does nothing"
+            for pattern in patterns
+            if not any(matching(file, [pattern]) for file in files)
+        ]
+    return notes

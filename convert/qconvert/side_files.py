@@ -1,9 +1,10 @@
 """The files beside the weights: which are copied, which are left behind, which are written anew."""
 
-from fnmatch import fnmatchcase
+from pathlib import Path
 
 from qconvert.errors import ConvertError, some
-from qschema.checkpoint import OTHER_WEIGHTS, PICKLES, Checkpoint
+from qschema.architectures import matching
+from qschema.checkpoint import Checkpoint
 from qschema.plan import SideFile
 from qschema.recipe import Recipe
 
@@ -12,25 +13,49 @@ QUANT_CONFIG = "hf_quant_config.json"
 REPORT = "qconvert_report.json"
 
 
+# weights again, under the names that other libraries give them; training state
+_SECOND_COPIES = (
+    "consolidated*.safetensors",
+    "consolidated*.pth",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "model*.bin",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+    "rust_model*.ot",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.tflite",
+    "training_args.bin",
+    "optimizer*.pt",
+    "scheduler*.pt",
+    "scaler*.pt",
+    "rng_state*.pth",
+)
+
+
 def side_files(checkpoint: Checkpoint, recipe: Recipe) -> list[SideFile]:
     """Return what happens to every file of `checkpoint` that is no shard, in order of its name.
 
-    Raises ConvertError for safetensors files that belong to no index and are not a known second
-    copy of the weights: leaving them out might lose a part of the model.
+    Raises ConvertError for safetensors files beside the shards that no index names and that are no
+    known second copy of the weights: leaving them out might lose a part of the model, copying them
+    might give engines weights that they should not read.
     """
     found = [_decide(name, size, recipe) for name, size in checkpoint.files.items()]
     strays = []
     for name in checkpoint.stray_shards:
-        reason = _leave_reason(name, recipe)
-        if reason is None:
-            strays.append(name)
+        side = _decide(name, None, recipe)
+        is_known = side.action == "leave" or matching(name, recipe.copy_files) or "/" in name
+        if is_known:
+            found.append(side)
         else:
-            found.append(SideFile(file=name, action="leave", reason=reason))
+            strays.append(name)
     if strays:
         raise ConvertError(
-            f"{checkpoint.path}: {some(strays)}: not named by the index or beside "
-            "model.safetensors, so it is unclear whether the model needs it; add it to the index, "
-            f"or leave it behind with --leave {strays[0]!r}"
+            f"{checkpoint.path}: {some(strays)}: no part of the model that the index or "
+            "model.safetensors describes; --copy or --leave it by name, for example "
+            f"--leave {strays[0]!r}"
         )
     found += [
         SideFile(file=name, action="leave", reason="hidden, or a link to a folder")
@@ -48,25 +73,15 @@ def side_files(checkpoint: Checkpoint, recipe: Recipe) -> list[SideFile]:
     return sorted(found, key=lambda side: side.file)
 
 
-def _decide(name: str, size: int, recipe: Recipe) -> SideFile:
+def _decide(name: str, size: int | None, recipe: Recipe) -> SideFile:
     if name == CONFIG:
         return SideFile(file=name, action="write", reason="quantization_config is added")
     if name == REPORT:
         return SideFile(file=name, action="write", reason="replaces the source's own")
-    reason = _leave_reason(name, recipe)
-    if reason is not None:
+    left = matching(name, recipe.leave)
+    if left:
+        return SideFile(file=name, action="leave", reason=f"left by {left!r}", nbytes=size)
+    if not matching(name, recipe.copy_files) and matching(Path(name).name, _SECOND_COPIES):
+        reason = "a second copy of the weights, or training state"
         return SideFile(file=name, action="leave", reason=reason, nbytes=size)
-    return SideFile(file=name, action="copy", reason="not a weight", nbytes=size)
-
-
-def _leave_reason(name: str, recipe: Recipe) -> str | None:
-    for pattern in recipe.leave:
-        if fnmatchcase(name, pattern):
-            return f"left by {pattern!r}"
-    if name.endswith((*PICKLES, *(f"{suffix}.index.json" for suffix in PICKLES))):
-        return "pickled, another container of the weights"
-    if name.endswith(OTHER_WEIGHTS):
-        return "another container of the weights"
-    if name.endswith(".safetensors") and name.rpartition("/")[2].startswith("consolidated"):
-        return "a second copy of the weights under Mistral's or Meta's names"
-    return None
+    return SideFile(file=name, action="copy", reason="not a weight of the model", nbytes=size)

@@ -1,7 +1,7 @@
 """Starting the disk early: written pages go out while the next slice is encoded.
 
-An fsync at the end then finds little left to do; without this it took a third of a conversion
-(benchmarks/convert_cpu.csv). A hint only: where the system has no such call, nothing happens.
+An fsync at the end then finds little left to do. A hint only: where the system has no such call,
+nothing happens.
 """
 
 import ctypes

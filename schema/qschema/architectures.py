@@ -20,61 +20,70 @@ class KeepRule(Strict):
     name: str
     patterns: tuple[str, ...]
     reason: str
+    # how many of the last parts of the name the patterns see; 0 is the whole name
+    tail: int = 0
 
 
 KEEP_RULES: tuple[KeepRule, ...] = (
     KeepRule(
         name="vision-audio",
         patterns=(
-            "*vision_tower*",
-            "*vision_model*",
+            "*vision*",
             "*visual*",
-            "*vision_encoder*",
-            "*embed_vision*",
-            "*embed_audio*",
-            "*audio_tower*",
-            "*audio_encoder*",
-            "*audio_model*",
-            "*multi_modal_projector*",
-            "*mm_projector*",
+            "*audio*",
+            "*speech*",
+            "*projector*",
+            "*connector*",
+            "*resampler*",
+            "*qformer*",
+            "*perceiver*",
+            "*language_projection*",
+            "*img_projection*",
+            "*img_processor*",
+            "*token2wav*",
+            "*code2wav*",
+            "talker.*",
+            # MiniCPM, InternVL, Step-3
+            "vpm.*",
+            "apm.*",
+            "mlp1.*",
+            "vit_*",
+            "*.vit_*",
         ),
-        reason="vision or audio tower",
+        reason="vision or audio part",
     ),
-    KeepRule(
-        name="mtp",
-        patterns=("mtp.*", "*.mtp.*", "*mtp_layers*", "*mtp_block*"),
-        reason="multi-token prediction",
-    ),
+    KeepRule(name="mtp", patterns=("*mtp*",), reason="multi-token prediction"),
     KeepRule(
         name="embedding",
-        patterns=("*embed*", "*.wte", "wte", "*.wpe", "wpe", "shared", "*relative_attention_bias"),
+        patterns=("*embed*", "*wte", "*wpe", "shared", "*relative_attention_bias"),
         reason="embedding",
+        tail=2,
     ),
     KeepRule(
         name="lm-head",
         patterns=(
-            "lm_head",
-            "*.lm_head",
+            "*lm_head*",
+            "*codec_head*",
             "output",
             "output.*",
             "*output_layer",
             "proj_out",
-            "*.proj_out.*",
+            "*.proj_out",
             "score",
+            "score.*",
             "classifier",
+            "classifier.*",
+            "qa_outputs",
+            "v_head*",
         ),
         reason="output head",
     ),
     KeepRule(
         name="router",
-        patterns=("*.gate", "*.gate.*", "*router*", "*.shared_expert_gate"),
+        patterns=("*.gate", "*.gate.wg", "*router*", "*.shared_expert_gate"),
         reason="router of a mixture of experts",
     ),
-    KeepRule(
-        name="norm",
-        patterns=("*norm", "*norm.*", "*layernorm*", "*.ln_*"),
-        reason="norm",
-    ),
+    KeepRule(name="norm", patterns=("*norm", "*norm[0-9]", "ln_*", "ln"), reason="norm", tail=1),
     KeepRule(
         name="state-space",
         patterns=(
@@ -96,7 +105,7 @@ FUSED: tuple[tuple[str, ...], ...] = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
-# model types whose tensors follow the generic rules above, checked by a fixture or a golden
+# model types whose names the rules above were tried on (tests/schema/test_architectures.py)
 KNOWN = frozenset(
     {
         "deepseek_v3",
@@ -125,13 +134,15 @@ def keep_reason(module: str, *, config: Mapping[str, Json]) -> str | None:
     `config` is config.json: decoder layers past num_hidden_layers (of the config itself or its
     text_config) are multi-token prediction layers (DeepSeek-V3, GLM-4).
     """
+    parts = module.split(".")
     for rule in KEEP_RULES:
-        if matching(module, rule.patterns):
+        if matching(".".join(parts[-rule.tail :]), rule.patterns):
             return rule.reason
     depth = text_config(config).get("num_hidden_layers")
     layer = layer_index(module)
-    if isinstance(depth, int) and layer is not None and layer >= depth:
-        return "multi-token prediction"
+    # an encoder or a decoder may be deeper than the number that the config gives for the other
+    if isinstance(depth, int) and layer is not None and not {"encoder", "decoder"} & set(parts):
+        return "multi-token prediction" if layer >= depth else None
     return None
 
 
@@ -154,20 +165,27 @@ def fused_siblings(module: str) -> tuple[str, ...]:
 
 def text_config(config: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the part of config.json that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        nested = config.get(key)
+        if isinstance(nested, dict):
+            return text_config(nested)
+    return config
 
 
 def has_tied_head(config: Mapping[str, Json]) -> bool:
-    """Return whether config.json ties lm_head to the embedding (false if it does not say)."""
+    """Return whether a model without lm_head.weight uses its embedding as the head.
+
+    True unless config.json says otherwise: classes whose default is a tied head (Gemma) leave it
+    out.
+    """
     tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
-    return tied is True
+    return tied is not False
 
 
 def layer_index(module: str) -> int | None:
-    """Return the number after `layers` in a name, None for what is in no layer."""
-    parts = module.split(".")
-    for name, index in pairwise(parts):
-        if name == "layers" and index.isdigit():
-            return int(index)
+    """Return the number of the layer that a name is in, None for what is in no layer."""
+    for name, index in pairwise(module.split(".")):
+        if name in ("layers", "layer", "h", "blocks", "block") and index.isdigit():
+            # more digits than any model has layers: not a number to count with
+            return int(index) if len(index) <= 6 else None
     return None

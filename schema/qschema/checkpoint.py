@@ -6,6 +6,7 @@ at once. What is merely odd (files that no index names) is recorded for the call
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,8 @@ from qschema.strict import DocumentError, Finding, Json, load_json
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+# what is wrong with weights that are here in no other form
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# other containers of the same weights
-OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".npz")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _files(path: Path, skipped: list[str], findings: list[Finding]) -> dict[str, int]:
     """Return relative name -> size of every file below `path`, in order of their names."""
     found: dict[str, int] = {}
-    for folder, folders, names in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        findings.append(
+            _found(Path(error.filename), "", "file-unreadable", error.strerror or str(error))
+        )
+
+    for folder, folders, names in os.walk(path, onerror=unreadable):
         for name in list(folders):
             if name.startswith(".") or os.path.islink(Path(folder) / name):
                 folders.remove(name)
@@ -122,10 +128,27 @@ def _files(path: Path, skipped: list[str], findings: list[Finding]) -> dict[str,
                 skipped.append(relative)
                 continue
             try:
-                found[relative] = file.stat().st_size
+                status = file.stat()
             except OSError as error:
-                findings.append(_found(file, "", "file-unreadable", error.strerror or str(error)))
+                unreadable(error)
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                findings.append(_found(file, "", "file-unreadable", "is not a regular file"))
+            elif not _is_utf8(relative):
+                shown = os.fsencode(relative).decode("utf-8", "backslashreplace")
+                message = f"the name {shown} is not UTF-8; rename it"
+                findings.append(_found(path, "", "file-name", message))
+            else:
+                found[relative] = status.st_size
     return dict(sorted(found.items()))
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _conflicts(path: Path, files: Mapping[str, int]) -> tuple[str, ...]:

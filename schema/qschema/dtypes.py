@@ -31,6 +31,9 @@ BITS: dict[str, int] = {
     "U64": 64,
 }
 
+# dtypes that only quantized weights have
+QUANTIZED = frozenset(dtype for dtype in BITS if dtype.startswith(("F4", "F6_", "F8_")))
+
 # what a converter may quantize
 HIGH_PRECISION = frozenset({"F32", "F16", "BF16"})
 

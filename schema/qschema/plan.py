@@ -45,7 +45,7 @@ class Step(Strict):
     """What happens to one source tensor. `outputs` of a kept tensor is the tensor itself."""
 
     source: Span
-    action: Literal["quantize", "keep", "drop"]
+    action: Literal["quantize", "keep"]
     # the format's name, for `quantize` only
     algo: AlgoName | None = None
     # which rule decided, and why, in words for a person

@@ -40,7 +40,9 @@ class Recipe(Strict):
     exclude: list[str] = Field(default_factory=list)
     # modules that are quantized although a default exclusion names them
     include: list[str] = Field(default_factory=list)
-    # files of the source to leave behind, beside other containers of the same weights
+    # files of the source to leave behind, beside known second copies of the weights
     leave: list[str] = Field(default_factory=list)
+    # files to copy although they look like a second copy, or belong to no index
+    copy_files: list[str] = Field(default_factory=list)
     # NaN and Inf in the source: an error that names the tensor, unless allowed
     allow_nonfinite: bool = False

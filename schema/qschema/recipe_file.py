@@ -26,6 +26,8 @@ def load_yaml(path: Path) -> Json:
     """Return the document in a YAML file. Raises DocumentError for what is not YAML."""
     try:
         document: Json = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except RecursionError:
+        raise DocumentError.of(path, "$", "yaml-syntax", "nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DocumentError.of(path, "$", "yaml-syntax", " ".join(str(error).split())) from None
     return document

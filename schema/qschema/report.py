@@ -27,7 +27,7 @@ class TensorReport(Strict):
     source: str
     dtype: str
     shape: list[int]
-    action: Literal["quantize", "keep", "drop"]
+    action: Literal["quantize", "keep"]
     algo: AlgoName | None = None
     reason: str
     outputs: list[WrittenTensor]

@@ -227,6 +227,10 @@ class _Rejected(Exception):
 
 def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     result = dict(pairs)
+    try:
+        "".join(result).encode()
+    except UnicodeEncodeError:
+        raise _Rejected("json-surrogate", "a key holds half a character (a surrogate)") from None
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:

@@ -69,6 +69,44 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_a_run_left_that_was_killed_at_its_start_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+
+    with partial_directory(tmp_path / "out"):
+        pass
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_at_the_rename_is_known_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        os, "rename", lambda source, target: seen.append(sorted(os.listdir(source)))
+    )
+
+    def stop() -> None:
+        with partial_directory(tmp_path / "out"):
+            pass
+
+    with pytest.raises(FileNotFoundError):
+        stop()
+
+    assert seen == [[".qconvert-partial"]]
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+
+    with pytest.raises(ConvertError, match="is a mount point"):
+        check_paths(tmp_path / "in", tmp_path / "volume")
+
+
 def test_a_foreign_directory_of_that_name_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious").write_text("x")

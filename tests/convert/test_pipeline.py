@@ -15,6 +15,7 @@ from qconvert import backends
 from qconvert.backends import resolve
 from qconvert.convert import convert
 from qconvert.errors import ConvertError
+from qconvert.pipeline import fitting_workers
 from qconvert.planner import make_plan
 from qkernels import kernels_for
 from qschema.checkpoint import open_checkpoint
@@ -279,3 +280,39 @@ def test_a_machine_without_kernels_of_any_kind_is_told_what_to_install(
 
     with pytest.raises(ConvertError, match=r"pip install 'qconvert\[convert\]'"):
         resolve("cpu", formats=["FP8_PB_WO"])
+
+
+def test_a_mask_of_infinities_is_kept_and_counted(tmp_path: Path, make: Make) -> None:
+    report = run(make({**wide(), "model.mask": torch.full((4, 4), -math.inf)}), tmp_path / "out")
+
+    (entry,) = (entry for entry in report.tensors if entry.source == "model.mask")
+    assert entry.num_nonfinite == 16
+
+
+def test_the_default_workers_fit_the_budget(make: Make) -> None:
+    """A wide weight on a machine with many cores: fewer workers, not an error."""
+    weight = torch.zeros(128, 53248, dtype=torch.bfloat16)
+    checkpoint = open_checkpoint(make({"model.layers.0.mlp.down_proj.weight": weight}))
+    plan = make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo="FP8_PB_WO")]))
+
+    # 19.5 MiB for one block of rows
+    assert fitting_workers(plan, wanted=192, budget=1 << 30) == 52
+    assert fitting_workers(plan, wanted=8, budget=1 << 30) == 8
+    assert fitting_workers(plan, wanted=8, budget=1) == 1
+
+
+def test_what_a_killed_run_left_does_not_count_as_used_space(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(wide())
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".qconvert-partial").touch()
+    (partial / "half").write_bytes(b"x")
+    stats = os.statvfs(tmp_path)
+    full = os.statvfs_result((*stats[:4], 10, *stats[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: full if (partial / "half").exists() else stats)
+
+    run(source, tmp_path / "out")
+
+    assert (tmp_path / "out" / "model.safetensors").exists()

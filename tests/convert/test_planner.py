@@ -62,10 +62,10 @@ def test_output_spans_fill_each_file_from_its_header_to_its_end(llama: Path) -> 
         ("model.layers.0.block_sparse_moe.gate.weight", "router of a mixture of experts"),
         ("model.layers.0.mlp.shared_expert_gate.weight", "router of a mixture of experts"),
         ("model.layers.0.feed_forward.router.weight", "router of a mixture of experts"),
-        ("model.visual.blocks.0.attn.qkv.weight", "vision or audio tower"),
-        ("vision_tower.layers.0.fc1.weight", "vision or audio tower"),
-        ("audio_tower.layers.0.fc1.weight", "vision or audio tower"),
-        ("multi_modal_projector.linear_1.weight", "vision or audio tower"),
+        ("model.visual.blocks.0.attn.qkv.weight", "vision or audio part"),
+        ("vision_tower.layers.0.fc1.weight", "vision or audio part"),
+        ("audio_tower.layers.0.fc1.weight", "vision or audio part"),
+        ("multi_modal_projector.linear_1.weight", "vision or audio part"),
         ("mtp.layers.0.mlp.up_proj.weight", "multi-token prediction"),
         ("model.layers.99.mlp.up_proj.weight", "multi-token prediction"),
         ("unheard_of.weight", "has a row per token of the vocabulary"),
@@ -202,10 +202,14 @@ def test_conv1d_models_are_refused(make: Make) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "found"),
     [
-        ({"a.q_proj.weight": W}, {"quantization_config": {}}, "quantization_config"),
         (
             {"a.q_proj.weight": W},
-            {"text_config": {"quantization_config": {}}},
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config",
+        ),
+        (
+            {"a.q_proj.weight": W},
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
             "quantization_config",
         ),
         ({"a.weight": W, "a.weight_scale_inv": W.clone()}, {}, "a.weight_scale_inv"),
@@ -257,26 +261,87 @@ def test_stray_safetensors_are_refused_or_left_by_name(make: Make) -> None:
     (path / "mtp.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     (path / "consolidated.00.safetensors").write_bytes(b"")
 
-    with pytest.raises(ConvertError, match=r"mtp.safetensors: not named by the index"):
+    with pytest.raises(ConvertError, match=r"mtp.safetensors: no part of the model"):
         plan(path)
 
     left = {side.file for side in plan(path, leave=["mtp*"]).side_files if side.action == "leave"}
     assert left == {"consolidated.00.safetensors", "mtp.safetensors"}
 
 
-def test_second_copies_of_the_weights_are_left_and_named(make: Make) -> None:
+def test_second_copies_of_the_weights_are_left_and_noted(make: Make) -> None:
     path = make({"a.q_proj.weight": W})
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "m.gguf", ".gitattributes"):
         (path / name).write_bytes(b"x")
+    # needed by the model, whatever the suffix makes one think
+    (path / "spk_dict.pt").write_bytes(b"x")
 
-    sides = {side.file: side.action for side in plan(path).side_files}
+    found = plan(path)
 
+    sides = {side.file: side.action for side in found.side_files}
     assert [name for name, action in sides.items() if action == "leave"] == [
         ".gitattributes",
         "m.gguf",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
     ]
+    assert sides["spk_dict.pt"] == "copy"
+    assert found.notes == ["left behind: m.gguf, pytorch_model.bin, pytorch_model.bin.index.json"]
+    copied = {s.file: s.action for s in plan(path, copy_files=["*.gguf"]).side_files}
+    assert copied["m.gguf"] == "copy"
+
+
+def test_weights_of_a_subfolder_are_copied_with_it(make: Make) -> None:
+    """sentence-transformers keeps further modules so; no index can name them."""
+    path = make({"a.q_proj.weight": W})
+    (path / "2_Dense").mkdir()
+    (path / "2_Dense" / "model.safetensors").write_bytes(b"x")
+
+    sides = {side.file: side.action for side in plan(path).side_files}
+
+    assert sides["2_Dense/model.safetensors"] == "copy"
+
+
+def test_file_patterns_that_do_nothing_are_noted(make: Make) -> None:
+    found = plan(make({"a.q_proj.weight": W}), leave=["config.json", "nothing*"])
+
+    assert found.notes == ["--leave 'config.json' does nothing", "--leave 'nothing*' does nothing"]
+
+
+def test_patterns_that_match_behind_another_are_not_called_unused(make: Make) -> None:
+    path = make({"a.q_proj.weight": W, "b.q_proj.weight": W.clone()})
+
+    assert plan(path, exclude=["a.q_proj", "a.q*"], include=["a"]).notes == []
+
+
+def test_a_64_bit_buffer_is_kept(make: Make) -> None:
+    path = make({"a.q_proj.weight": W, "freqs": torch.ones(3, dtype=torch.float64)})
+
+    assert fates(plan(path))["freqs"] == "F64 is not quantized"
+
+
+def test_names_that_only_look_quantized_are_not_refused(make: Make) -> None:
+    path = make(
+        {"a.q_proj.weight": W, "a.head_scales": torch.ones(4)}, config={"quantization_config": None}
+    )
+
+    assert fates(plan(path))["a.head_scales"] == "not the weight of a linear layer"
+
+
+def test_experts_side_by_side_in_two_dimensions_are_refused(make: Make) -> None:
+    """DBRX: [experts * rows, columns], no `.weight` in the name."""
+    path = make({"blocks.0.ffn.experts.mlp.w1": torch.zeros(512, 64), "a.q_proj.weight": W})
+
+    with pytest.raises(ConvertError, match=r"experts.mlp.w1: F32 \[512, 64\] looks like experts"):
+        plan(path)
+
+    assert plan(path, exclude=["*.experts.mlp.*"]).exclude_modules == ["blocks*"]
+
+
+def test_conv1d_weights_are_refused_without_a_model_type_too(make: Make) -> None:
+    path = make({"h.0.attn.c_attn.weight": torch.zeros(64, 192)}, config={"model_type": None})
+
+    with pytest.raises(ConvertError, match=r"c_attn.weight: stores its linear weights transposed"):
+        plan(path)
 
 
 def test_a_plan_is_the_same_for_the_same_input(llama: Path) -> None:

@@ -53,10 +53,6 @@ class Format(Strict):
     source_dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
     # what ||w - dequantized|| / ||w|| can't exceed when the scales come from the weight itself
     error_bound: float
-    # suffixes whose value the members of a fused group (q/k/v, gate/up) must have in common
-    shared_by_fused: tuple[str, ...] = ()
-    # suffixes whose value comes from activation statistics
-    calibrated: tuple[str, ...] = ()
     # keys after kv_cache_quant_algo in hf_quant_config.json
     hf_quant_fields: dict[str, int | bool] = Field(default_factory=dict)
     formula: str
