@@ -138,6 +138,8 @@ def qconvert(
         _print_plan(plan, style)
         return
     target = resolve(device, formats=sorted({step.algo for step in plan.steps if step.algo}))
+    if target.remark:
+        click.echo(f"note: {target.remark}", err=True)
     with progress_bar(quiet=quiet) as watch:
         report = convert(
             checkpoint,

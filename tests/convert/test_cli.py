@@ -108,6 +108,15 @@ def test_a_cpu_conversion_imports_no_torch(llama: Path, tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
+def test_a_conversion_without_native_kernels_says_so(llama: Path, tmp_path: Path) -> None:
+    command = [llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--device", "cpu", "-q"]
+
+    done = qconvert(*command, env={"QKERNELS_NATIVE": "0"})
+
+    assert done.returncode == 0
+    assert done.stderr.startswith("note: no native kernels")
+
+
 def test_a_recipe_file_does_what_the_options_do(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rules:\n  - {match: '*', algo: fp8_pb_wo}\nexclude: ['model.layers.0']\n")

@@ -63,6 +63,8 @@ class Device:
     name: str
     default_workers: int
     make: Callable[[], Backend]
+    # what a person should know about it
+    remark: str = ""
 
 
 def address(view: memoryview) -> int:
@@ -96,7 +98,11 @@ def resolve(device: str, *, formats: list[str]) -> Device:
         return Device(name, min(8, _num_cores()), lambda: CudaBackend(name))
     from qconvert.backends.torch_cpu import TorchBackend
 
-    return Device("cpu (torch)", _num_cores(), TorchBackend)
+    remark = (
+        "no native kernels (was there a C compiler at install?): torch encodes the same bytes, "
+        "many times slower"
+    )
+    return Device("cpu (torch)", _num_cores(), TorchBackend, remark)
 
 
 def _need(package: str) -> None:
