@@ -74,11 +74,22 @@ class Draft:
     def pop(self, name: str) -> Tensor:
         return self.shards[self.shard_of(name)].pop(name)
 
+    def pop_module(self, module: str) -> None:
+        """Remove all tensors of `module` and of what lies below it."""
+        for tensors in self.shards.values():
+            for name in [name for name in tensors if name.startswith(f"{module}.")]:
+                del tensors[name]
+
     def dequantize(self, module: str) -> None:
         """Make `module` an unquantized bf16 Linear, without its scale."""
         _, shape, _ = self.tensor(f"{module}.weight")
         self.put(f"{module}.weight", ("BF16", shape, bytes(2 * prod(shape))))
         self.pop(f"{module}.weight_scale")
+
+    def dequantize_all(self) -> None:
+        for tensors in list(self.shards.values()):
+            for name in [name for name in tensors if name.endswith(".weight_scale")]:
+                self.dequantize(name.removesuffix(".weight_scale"))
 
     def quantize(self, module: str, declared: Format) -> None:
         """Make the unquantized Linear `module` a quantized one."""

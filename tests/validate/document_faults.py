@@ -31,6 +31,21 @@ def router_not_listed(draft: Draft) -> None:
     draft.set_exclude(["lm_head", "model.layers.0.block_sparse_moe.gate"])
 
 
+@fault("config-number", "$.num_hidden_layers")
+def number_of_layers_is_true(draft: Draft) -> None:
+    draft.config["num_hidden_layers"] = True
+
+
+@fault("config-number", "$.num_hidden_layers")
+def number_of_layers_is_negative(draft: Draft) -> None:
+    draft.config["num_hidden_layers"] = -1
+
+
+@fault("config-number", "$.num_local_experts", model="mixtral")
+def number_of_experts_is_text(draft: Draft) -> None:
+    draft.config["num_local_experts"] = "8"
+
+
 @fault("config-algo-disagrees", "$.quantization.quant_algo")
 def algorithms_differ(draft: Draft) -> None:
     draft.hf_quant_config["quantization"]["quant_algo"] = PC_PT
@@ -61,10 +76,28 @@ def no_quant_method(draft: Draft) -> None:
     del draft.quantization["quant_method"]
 
 
-@fault("not-quantized", "$.quantization_config")
+@fault("no-quantization-config", "$.quantization_config")
 def no_quantization_config_at_all(draft: Draft) -> None:
     del draft.config["quantization_config"]
     draft.hf_quant_config = {}
+
+
+@fault("no-quantized-module", "$.quantization_config.quant_algo")
+def config_of_a_plain_checkpoint(draft: Draft) -> None:
+    draft.dequantize_all()
+
+
+@fault("not-quantized", "$.quantization_config")
+def plain_checkpoint(draft: Draft) -> None:
+    draft.dequantize_all()
+    del draft.config["quantization_config"]
+    draft.hf_quant_config = {}
+
+
+@fault("not-quantized", "$.quantization_config.ignore")
+def all_excluded_and_nothing_quantized(draft: Draft) -> None:
+    draft.dequantize_all()
+    draft.set_exclude(["*"])
 
 
 @fault("unknown-algo", "$.quantization_config.quant_algo")
@@ -78,10 +111,15 @@ def stray_file_beside_a_single_one(draft: Draft) -> None:
     draft.shards["adapter.safetensors"] = {"lora": ("F32", (1,), f32(1.0))}
 
 
-@fault("stray-safetensors", "", severity="warning")
+@fault("stray-safetensors", "")
 def stray_file_beside_an_index(draft: Draft) -> None:
     draft.shards["old.safetensors"] = {"old": ("F32", (1,), f32(1.0))}
     draft.unindexed.add("old")
+
+
+@fault("stray-safetensors", "", severity="note")
+def stray_file_in_a_subfolder(draft: Draft) -> None:
+    draft.files["original/old.safetensors"] = bytes(8)
 
 
 @fault("unindexed-tensor", f"{Q}.weight_scale")

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from catalogue import DOWN, GATE, O_PROJ, PC_PT, K, Q, V, fault
+from catalogue import DOWN, GATE, O_PROJ, PC_PT, K, Q, fault
 from checkpoints import Draft, f32
 
 
@@ -30,24 +30,10 @@ def scale_named_scale_inv(draft: Draft) -> None:
     )
 
 
-@fault("missing-module", f"{V}.weight")
-def missing_fused_part(draft: Draft) -> None:
-    draft.pop(f"{V}.weight")
-    draft.pop(f"{V}.weight_scale")
-
-
-@fault("missing-module", "model.layers.1")
-def missing_layer(draft: Draft) -> None:
-    for tensors in draft.shards.values():
-        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
-            del tensors[name]
-
-
-@fault("missing-module", "model.layers.1.block_sparse_moe.experts.2", model="mixtral")
-def missing_expert(draft: Draft) -> None:
-    for tensors in draft.shards.values():
-        for name in [name for name in tensors if ".1.block_sparse_moe.experts.2." in name]:
-            del tensors[name]
+@fault("orphan-tensor", f"model.layers.{'9' * 5000}.mlp.up_proj.weight")
+def layer_of_five_thousand_digits(draft: Draft) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    draft.put(f"model.layers.{'9' * 5000}.mlp.up_proj.weight", draft.tensor(name), beside=name)
 
 
 @fault("wrong-shape", f"{Q}.weight_scale", algo=PC_PT)
@@ -75,6 +61,33 @@ def channel_scale_of_too_few_rows(draft: Draft) -> None:
 @fault("wrong-shape", f"{Q}.weight")
 def weight_of_three_dimensions(draft: Draft) -> None:
     reshape(draft, f"{Q}.weight", (1, 256, 256))
+
+
+@fault("shape-disagrees-with-config", f"{DOWN}.weight")
+def transposed_weight(draft: Draft) -> None:
+    assert draft.tensor(f"{DOWN}.weight")[1] == (256, 384)
+    reshape(draft, f"{DOWN}.weight", (384, 256))
+    reshape(draft, f"{DOWN}.weight_scale", (3, 1, 2, 1))
+
+
+@fault("shape-disagrees-with-config", f"{K}.weight", algo=PC_PT)
+def as_many_keys_as_queries(draft: Draft) -> None:
+    for suffix in ("weight", "weight_scale"):
+        draft.put(f"{K}.{suffix}", draft.tensor(f"{Q}.{suffix}"))
+
+
+@fault("shape-disagrees-with-config", "model.embed_tokens.weight", model="qwen3")
+def vocabulary_of_another_model(draft: Draft) -> None:
+    draft.config["vocab_size"] = 400
+
+
+@fault(
+    "shape-disagrees-with-config",
+    "model.layers.1.block_sparse_moe.experts.0.w2.weight",
+    model="mixtral",
+)
+def experts_of_another_width(draft: Draft) -> None:
+    draft.config["intermediate_size"] = 256
 
 
 @fault("wrong-dtype", f"{Q}.weight_scale")
@@ -127,9 +140,12 @@ def scale_of_an_unquantized_weight(draft: Draft) -> None:
     draft.set_exclude([*draft.exclude, Q])
 
 
-@fault("orphan-tensor", f"{O_PROJ}.weight_scale")
+@fault("orphan-tensor", "model.layers.0.self_attn.s_proj.weight_scale")
 def scale_without_a_weight(draft: Draft) -> None:
-    draft.pop(f"{O_PROJ}.weight")
+    tensor = draft.tensor(f"{O_PROJ}.weight_scale")
+    draft.put(
+        "model.layers.0.self_attn.s_proj.weight_scale", tensor, beside=f"{O_PROJ}.weight_scale"
+    )
 
 
 @fault("orphan-tensor", f"{Q}.input_scale")

@@ -144,7 +144,14 @@ def test_broken_hf_quant_config_is_a_finding(text: str, good: str) -> None:
         (["{good}", "--engine", "vlm"], "there is vllm"),
         (["{good}", "--level", "load"], "needs an engine"),
         (["{good}", "--engine", "vllm", "--level", "compare"], "--reference DIR"),
-        (["{good}", "--engine", "vllm", "--timeout", "-1"], "greater than 0"),
+        (["{good}", "--engine", "vllm", "--timeout", "-1"], "-1.0 is not in the range x>0"),
+        (["{good}", "--engine", "vllm", "--timeout", "nan"], "nan is not a finite number"),
+        (["{good}", "--timeout", "inf"], "inf is not a finite number"),
+        (["{good}", "--max-kl", "nan"], "nan is not a finite number"),
+        (["{good}", "--max-kl", "0"], "0.0 is not in the range x>0"),
+        (["{good}", "--max-rel", "-1"], "-1.0 is not in the range x>0"),
+        (["{good}", "--min-top1", "1.5"], "1.5 is not in the range 0<=x<=1"),
+        (["{good}", "--min-top1", "nan"], "nan is not a finite number"),
         (["{good}", "--output", "{tmp}/no/where"], "can't write"),
         (["explain", "mising-tensor"], "did you mean missing-tensor?"),
         (["{good}", "--bogus"], "No such option"),
@@ -157,6 +164,7 @@ def test_misuse_exits_2_in_one_sentence(
 
     assert result.exit_code == 2
     assert words in result.stderr
+    assert "validation error" not in result.stderr
 
 
 def test_rules_need_no_torch(good: str) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from qvalidate.engines.diagnosis import Diagnosis, diagnose
+from qvalidate.engines.outcome import Level
 from qvalidate.engines.process import Run, RunnerError, RunnerState
 from qvalidate.engines.vllm import ENGINE
 
@@ -18,7 +19,16 @@ def failed(
     error = RunnerError(type=kind, text=text, place="parameter.py:92 in load: assert a == b")
     state = RunnerState.model_validate({"reached": reached, "error": error})
     run = Run(state=state, returncode=1, timed_out=False, log=log, wall_s=1.0)
-    return diagnose(run, no_kernel=ENGINE.no_kernel, timeout_s=60)
+    return diagnosed(run)
+
+
+def diagnosed(run: Run, *, level: Level = "generate") -> Diagnosis | None:
+    return diagnose(run, level=level, no_kernel=ENGINE.no_kernel, timeout_s=60)
+
+
+def ended(reached: str, returncode: int) -> Run:
+    state = RunnerState.model_validate({"reached": reached})
+    return Run(state=state, returncode=returncode, timed_out=False, log="", wall_s=1.0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_an_end_without_a_word_is_a_crash(returncode: int, words: str) -> None:
         wall_s=1.0,
     )
 
-    found = diagnose(run, no_kernel=ENGINE.no_kernel, timeout_s=60)
+    found = diagnosed(run)
 
     assert found is not None
     assert found.rule == "engine-crashed"
@@ -104,7 +114,44 @@ def test_an_end_without_a_word_is_a_crash(returncode: int, words: str) -> None:
     assert found.message.endswith("Fatal Python error: Segmentation fault")
 
 
-def test_a_clean_end_is_none() -> None:
-    run = Run(state=RunnerState(), returncode=0, timed_out=False, log="", wall_s=1.0)
+@pytest.mark.parametrize(
+    ("level", "reached"),
+    [("load", "load"), ("generate", "generate"), ("compare", "generate")],
+)
+def test_a_clean_end_that_reported_the_level_is_none(level: Level, reached: str) -> None:
+    assert diagnosed(ended(reached, 0), level=level) is None
 
-    assert diagnose(run, no_kernel=ENGINE.no_kernel, timeout_s=60) is None
+
+@pytest.mark.parametrize(
+    ("level", "reached"),
+    [
+        ("load", "import"),
+        ("generate", "import"),
+        ("generate", "load"),
+        ("compare", "import"),
+        ("compare", "load"),
+    ],
+)
+def test_exit_status_0_before_the_level_is_a_crash(level: Level, reached: str) -> None:
+    found = diagnosed(ended(reached, 0), level=level)
+
+    assert found is not None
+    assert found.rule == "engine-crashed"
+    assert found.message.startswith("ended with exit status 0 and no result; the checkpoint was")
+
+
+@pytest.mark.parametrize("level", ["load", "generate", "compare"])
+@pytest.mark.parametrize("returncode", [0, 1])
+def test_an_interpreter_that_never_answered_has_no_engine(level: Level, returncode: int) -> None:
+    found = diagnosed(ended("start", returncode), level=level)
+
+    assert found is not None
+    assert found.rule == "engine-missing"
+    assert f"never answered: ended with exit status {returncode} and no result" in found.message
+
+
+def test_a_signal_while_the_engine_is_imported_is_a_crash() -> None:
+    found = diagnosed(ended("start", -9))
+
+    assert found is not None
+    assert found.rule == "engine-crashed"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from qvalidate.engines import ENGINES, EngineOutcome, EngineRequest, UnknownEngineError, get
+from qvalidate.engines.interpreter import environment
 from qvalidate.engines.outcome import Level
 
 FAKE_VLLM = '''
@@ -53,6 +55,12 @@ class LLM:
         self.llm_engine = SimpleNamespace(model_config=self)
         if self.kind == "noise":
             os.write(1, b"\\xff\\x00{\\"reached\\": 1}\\n" * 10000)
+        if self.kind == "chatty":
+            for _ in range(64):
+                os.write(1, b"x" * (1 << 20))
+            held = [Path(entry.path) for entry in os.scandir(".") if entry.is_file()]
+            size = sum(file.stat().st_size for file in held)
+            raise ValueError(f"{size >> 20} MiB of files")
         if self.kind == "refused":
             raise ValueError(PYDANTIC)
         if self.kind == "scale-rank":
@@ -70,6 +78,8 @@ class LLM:
             os._exit(3)
         if self.kind == "signal":
             os.kill(os.getpid(), signal.SIGABRT)
+        if self.kind == "done":
+            os._exit(0)
         if self.kind == "leave":
             sys.exit("no")
         if self.kind in ("hang", "orphan"):
@@ -224,7 +234,16 @@ def test_reference_that_fails_is_named(site: Path, tmp_path: Path) -> None:
     outcome = run(checkpoint(tmp_path / "good"), level="compare", reference=bad)
 
     assert (outcome.verdict, outcome.reached) == ("failed", "generate")
-    assert [(f.file, f.rule) for f in outcome.findings] == [(str(bad), "engine-refused")]
+    assert [(f.file, f.rule) for f in outcome.findings] == [(str(bad), "compare-reference")]
+    assert "engine-refused: ModelOpt currently only supports" in outcome.findings[0].message
+
+
+def test_reference_with_nan_is_named(site: Path, tmp_path: Path) -> None:
+    bad = checkpoint(tmp_path / "bad", kind="nan")
+
+    outcome = run(checkpoint(tmp_path / "good"), level="compare", reference=bad)
+
+    assert [(f.file, f.rule) for f in outcome.findings] == [(str(bad), "compare-reference")]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +254,7 @@ def test_reference_that_fails_is_named(site: Path, tmp_path: Path) -> None:
         ("child-failed", "failed", "engine-refused", "KeyError: 'w2_bias'"),
         ("out-of-memory", "failed", "engine-crashed", "out of memory"),
         ("exit", "failed", "engine-crashed", "status 3 and no result; .*RuntimeError: last"),
+        ("done", "failed", "engine-crashed", "status 0 and no result; the checkpoint was being"),
         ("signal", "failed", "engine-crashed", "killed by SIGABRT"),
         ("leave", "failed", "engine-refused", "SystemExit: no"),
         ("crash-late", "failed", "engine-crashed", "found BFloat16; the checkpoint was loaded"),
@@ -276,6 +296,65 @@ def test_nan_never_passes(site: Path, tmp_path: Path) -> None:
 
 def test_noise_on_stdout_changes_nothing(site: Path, tmp_path: Path) -> None:
     assert run(checkpoint(tmp_path / "noisy", kind="noise")).verdict == "passed"
+
+
+def test_a_long_log_is_not_kept_on_disk(site: Path, tmp_path: Path) -> None:
+    """The stand-in writes 64 MiB, and then says how much lies in its folder."""
+    outcome = run(checkpoint(tmp_path / "chatty", kind="chatty"))
+
+    assert outcome.message == "ValueError: 0 MiB of files"
+
+
+@pytest.mark.parametrize("level", ["load", "generate"])
+@pytest.mark.parametrize("program", ["true", "cat", "false"])
+def test_a_program_that_is_no_engine_never_passes(
+    tmp_path: Path, program: str, level: Level
+) -> None:
+    request = EngineRequest(
+        checkpoint=checkpoint(tmp_path / "good"), python=f"/bin/{program}", level=level
+    )
+
+    outcome = get("vllm").run(request)
+
+    assert (outcome.verdict, outcome.reached) == ("not-run", None)
+    assert [finding.rule for finding in outcome.findings] == ["engine-missing"]
+    assert "and no result" in outcome.message
+
+
+def test_pythonpath_is_for_our_interpreter_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    other = tmp_path / "python"
+    other.symlink_to(os.path.realpath(sys.executable))
+
+    assert environment({}, python=sys.executable)["PYTHONPATH"] == "/somewhere"
+    assert "PYTHONPATH" not in environment({}, python=str(other))
+
+
+def test_sigterm_ends_engine_and_folder(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = checkpoint(tmp_path / "hanging", kind="hang")
+    os.mkfifo(hanging / "pid")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    command = [sys.executable, "-m", "qvalidate.engines", "vllm", str(hanging)]
+    with subprocess.Popen([*command, "--python", sys.executable]) as caller:
+        pid = int((hanging / "pid").read_text())
+        caller.terminate()
+
+    assert caller.returncode == 128 + signal.SIGTERM
+    assert is_gone(pid)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_sigterm_is_as_it_was_after_a_run(site: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run(checkpoint(tmp_path / "good"), level="load")
+
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_timeout_leaves_no_process(site: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import document_faults  # noqa: F401  (these three fill the catalogue)
+import document_faults  # noqa: F401  (these four fill the catalogue)
+import module_faults  # noqa: F401
 import pytest
 import tensor_faults  # noqa: F401
 import vllm_faults  # noqa: F401
@@ -12,6 +13,7 @@ from checkpoints import draft
 from qschema.strict import Finding
 from qvalidate.loader import load
 from qvalidate.rules import RULES, run
+from qvalidate.validation import predict
 
 FORMATS = [PB_WO, PC_PT]
 
@@ -82,14 +84,16 @@ def test_algorithm_is_known_in_any_case(spelling: str, tmp_path: Path) -> None:
 
 
 def test_single_block_scale_keeps_its_four_dimensions(tmp_path: Path) -> None:
-    """K and V of [128, 128]: one block, and the scale is [1, 1, 1, 1]."""
+    """A weight of [128, 128] is one block, and its scale is [1, 1, 1, 1]."""
     made = draft("llama", PB_WO)
     name = "model.layers.0.mlp.down_proj"
     made.put(f"{name}.weight", ("F8_E4M3", (128, 128), bytes(128 * 128)))
     dtype, _, data = made.tensor(f"{name}.weight_scale")
     made.put(f"{name}.weight_scale", (dtype, (1, 1, 1, 1), data[:4]))
+    found = check(made.write(tmp_path / "made"))
 
-    assert check(made.write(tmp_path / "made")) == []
+    # that weight is not this model's
+    assert {finding.rule for finding in found} == {"shape-disagrees-with-config"}
 
 
 def test_message_says_expected_and_found(tmp_path: Path) -> None:
@@ -114,6 +118,45 @@ def test_engine_rules_soften_without_the_engine(tmp_path: Path) -> None:
     assert {found.severity for found in check(wrong)} == {"warning"}
     assert {found.severity for found in check(refused, "vllm")} == {"error"}
     assert {found.severity for found in check(wrong, "vllm")} == {"error"}
+
+
+def test_number_of_a_vision_layer_is_not_counted_up_to(tmp_path: Path) -> None:
+    made = draft("llama", PB_WO)
+    norm = made.tensor("model.norm.weight")
+    made.put("vision.layers.99999999999.x.weight", norm, beside="model.norm.weight")
+    made.put("vision.layers.999999.x.weight", norm, beside="model.norm.weight")
+    (found,) = check(made.write(tmp_path / "made"))
+
+    assert found.rule == "missing-module"
+    assert found.message.endswith("vision.layers.4, ... (999999 in all)")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain_checkpoint", "loads"),
+        ("config_of_a_plain_checkpoint", "loads-but-wrong"),
+        ("no_quantization_config_at_all", "refuses"),
+        ("no_quant_method", "refuses"),
+        ("one_part_of_qkv_unquantized_and_not_listed", "loads-but-wrong"),
+        ("one_part_of_qkv_unquantized", "refuses"),
+        ("one_part_of_qkv_listed", "refuses"),
+        ("stray_file_beside_an_index", "loads"),
+        ("stray_file_without_an_index", "refuses"),
+        ("missing_o_proj", "loads-but-wrong"),
+        ("module_without_its_weight", "loads-but-wrong"),
+        ("missing_embedding", "loads-but-wrong"),
+    ],
+)
+def test_prediction_is_what_vllm_does(name: str, expected: str, tmp_path: Path) -> None:
+    """As seen with vLLM 0.32."""
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    made = draft(fault.model, fault.algo)
+    fault.plant(made)
+    findings = check(made.write(tmp_path / "made"), "vllm")
+
+    assert predict(findings, engine="vllm")[0] == expected
+    assert any(found.severity == "error" for found in findings)
 
 
 def test_every_rule_has_a_fault() -> None:

@@ -1,5 +1,6 @@
 """The engine's part of the command, with a stand-in: levels, predictions, and what is no pass."""
 
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from catalogue import PB_WO, PC_PT
 from checkpoints import draft
 from click.testing import CliRunner, Result
 
+from qschema.plan import Tool
 from qschema.strict import Finding
 from qvalidate import cli
 from qvalidate.engines import EngineOutcome, EngineRequest
 from qvalidate.engines.outcome import Level, Verdict
-from qvalidate.result import Prediction
+from qvalidate.result import Agreement, EngineReport, Prediction, Subject
+from qvalidate.result import Result as ValidationResult
 from qvalidate.validation import agreement
 
+COLLECT = runpy.run_path(str(Path(__file__).parents[2] / "validate/evidence/collect.py"))
 WHERE = "model.layers.0.mlp.down_proj.weight_scale"
 
 
@@ -162,12 +166,7 @@ def test_engine_that_is_not_installed_exits_2(good: str, monkeypatch: pytest.Mon
     ("predicted", "verdict", "reached", "expected"),
     [
         ("loads", "passed", "generate", "confirmed"),
-        ("loads", "failed", None, "contradicted"),
-        ("refuses", "failed", None, "confirmed"),
-        ("refuses", "failed", "generate", "contradicted"),
         ("refuses", "passed", "load", "contradicted"),
-        ("loads-but-wrong", "failed", "generate", "confirmed"),
-        ("loads-but-wrong", "failed", None, "contradicted"),
         ("loads-but-wrong", "passed", "generate", "untested"),
         ("loads-but-wrong", "passed", "compare", "contradicted"),
         ("loads", "no-kernel", None, "untested"),
@@ -183,8 +182,78 @@ def test_agreement_of_prediction_and_run(
     assert agreement(predicted, observed) == expected
 
 
-def test_timeout_says_nothing_about_a_predicted_refusal() -> None:
-    late = Finding(file="x", where="", rule="engine-timeout", message="no answer")
-    observed = EngineOutcome(engine="vllm", level="load", verdict="failed", findings=[late])
+def reported(*agreements: Agreement) -> list[ValidationResult]:
+    return [
+        ValidationResult(
+            tool=Tool(name="qvalidate", version="0"),
+            checkpoint=Subject(path="x"),
+            level="generate",
+            rules=[],
+            findings=[],
+            engine=EngineReport(engine="vllm", predicted="loads", agreement=agreement),
+        )
+        for agreement in agreements
+    ]
 
-    assert agreement("refuses", observed) == "untested"
+
+@pytest.mark.parametrize(
+    ("agreements", "status"),
+    [
+        (["confirmed", "untested"], 0),
+        (["untested", "untested"], 1),
+        (["confirmed", "contradicted"], 1),
+        ([], 1),
+    ],
+)
+def test_evidence_needs_something_confirmed(agreements: list[Agreement], status: int) -> None:
+    assert COLLECT["status"](reported(*agreements)) == status
+
+
+def test_evidence_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "abc")
+    made = COLLECT["provenance"]()
+
+    assert (made["commit"], set(made)) == ("abc", {"date", "commit", "command"})
+    assert made["date"].endswith("+00:00")
+
+
+def failed_by(*rules: str) -> EngineOutcome:
+    findings = [Finding(file="x", where="", rule=rule, message="no") for rule in rules]
+    return EngineOutcome(engine="vllm", level="compare", verdict="failed", findings=findings)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "rules", "expected"),
+    [
+        ("refuses", ["engine-refused"], "confirmed"),
+        ("loads", ["engine-refused"], "contradicted"),
+        ("loads-but-wrong", ["engine-refused"], "contradicted"),
+        ("loads-but-wrong", ["compare-kl", "compare-top1"], "confirmed"),
+        ("loads-but-wrong", ["compare-relative-error"], "confirmed"),
+        ("loads-but-wrong", ["generate-nonfinite", "compare-nonfinite"], "confirmed"),
+        ("loads", ["compare-kl"], "contradicted"),
+        ("refuses", ["compare-kl"], "contradicted"),
+    ],
+)
+def test_a_failure_confirms_only_what_it_shows(
+    predicted: Prediction, rules: list[str], expected: str
+) -> None:
+    assert agreement(predicted, failed_by(*rules)) == expected
+
+
+@pytest.mark.parametrize("predicted", ["loads", "refuses", "loads-but-wrong"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ["engine-crashed"],
+        ["engine-timeout"],
+        ["compare-reference"],
+        ["compare-vocabulary"],
+        ["compare-size"],
+        ["generate-nonfinite", "compare-reference"],
+    ],
+)
+def test_what_is_not_about_the_checkpoint_shows_nothing(
+    predicted: Prediction, rules: list[str]
+) -> None:
+    assert agreement(predicted, failed_by(*rules)) == "untested"

@@ -1,19 +1,26 @@
 """Weights against the source's: what no rule can see is found by the tensor's name."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from checkpoints import Tensor, write_safetensors
 from click.testing import CliRunner
 
 from qconvert.backends import resolve
 from qconvert.convert import convert
 from qconvert.planner import make_plan
+from qkernels import kernels_for
 from qschema.checkpoint import open_checkpoint
 from qschema.formats import formats
 from qschema.recipe import Recipe, Rule
-from qvalidate import cli, weights
+from qschema.safetensors import Stored
+from qvalidate import cli, group_errors, weights
+from qvalidate.group_errors import Deviation, deviation, group_steps
 from qvalidate.loader import load
 from qvalidate.weights import weight_findings
 
@@ -95,10 +102,13 @@ def test_small_slices_see_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reference = open_checkpoint(SOURCES / "llama").tensors[f"{Q_PROJ}.weight"]
     outputs = context.modules[Q_PROJ].tensors
     assert context.declared is not None
-    whole = weights.relative_error(reference, outputs, context.declared)
-    monkeypatch.setattr(weights, "_SLICE_NBYTES", 1)
+    strict = context.declared.model_copy(update={"error_bound": 0.01})
+    whole = deviation(reference, outputs, strict)
+    monkeypatch.setattr(group_errors, "_SLICE_NBYTES", 1)
+    monkeypatch.setattr(group_errors, "_CHUNK_ELEMENTS", 1)
 
-    assert weights.relative_error(reference, outputs, context.declared) == pytest.approx(whole)
+    assert whole.num_beyond == whole.num_groups == 4
+    assert deviation(reference, outputs, strict) == whole
 
 
 def test_another_model_is_told_apart(tmp_path: Path) -> None:
@@ -106,7 +116,13 @@ def test_another_model_is_told_apart(tmp_path: Path) -> None:
 
     rules = {rule for rule, _ in found(path, SOURCES / "qwen3")}
 
-    assert rules == {"weight-error", "weight-reference-shape", "weight-not-in-reference"}
+    assert rules == {
+        "kept-tensor-differs",
+        "tensor-missing",
+        "weight-error",
+        "weight-not-in-reference",
+        "weight-reference-shape",
+    }
 
 
 def test_a_reference_that_is_none_is_reported(tmp_path: Path) -> None:
@@ -125,4 +141,261 @@ def test_the_command_compares_weights_without_an_engine(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.main, command)
 
     assert result.exit_code == 1
-    assert f"::{Q_PROJ}.weight: weight-error: relative error 6.99" in result.stdout
+    assert f"::{Q_PROJ}.weight: weight-error: relative error 7.0" in result.stdout
+    assert "in rows 0 to 127, columns 128 to 255, the worst of 4 scale groups" in result.stdout
+
+
+Rewrite = Callable[[dict[str, Tensor]], None]
+
+
+def rewrite(path: Path, edit: Rewrite) -> Path:
+    """Write all tensors of `path` anew as one file, after `edit`; returns `path`."""
+    opened = open_checkpoint(path)
+    tensors: dict[str, Tensor] = {}
+    for name, stored in opened.tensors.items():
+        data = stored.file.read_bytes()[stored.offset : stored.offset + stored.nbytes]
+        tensors[name] = (stored.dtype, stored.shape, data)
+    for shard in opened.shards:
+        shard.file.unlink()
+    if opened.index:
+        (path / opened.index).unlink()
+    edit(tensors)
+    write_safetensors(path / "model.safetensors", tensors)
+    return path
+
+
+def dropping(*starts: str) -> Rewrite:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(starts)]:
+            del tensors[name]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.embed_tokens",
+        "model.layers.0.input_layernorm",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    ],
+)
+def test_a_module_that_is_missing_as_a_whole_is_named(tmp_path: Path, module: str) -> None:
+    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
+    rewrite(path, dropping(f"{module}."))
+
+    assert found(path, SOURCES / "llama") == [("tensor-missing", f"{module}.weight")]
+
+
+@pytest.mark.parametrize(("is_tied", "missing"), [(True, []), (False, ["lm_head.weight"])])
+def test_a_tied_head_needs_no_tensor(tmp_path: Path, is_tied: bool, missing: list[str]) -> None:
+    path = converted("qwen3", "FP8_PB_WO", tmp_path / "out")
+    shutil.copytree(SOURCES / "qwen3", tmp_path / "source")
+    rewrite(
+        tmp_path / "source",
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
+    )
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": is_tied}))
+
+    assert [where for _, where in found(path, tmp_path / "source")] == missing
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("slice_nbytes", [7, 1 << 20])
+def test_kept_tensors_are_compared_byte_for_byte(
+    tmp_path: Path, slice_nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of the first and of the last element of a norm of 256."""
+    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
+    flips = np.zeros(256, "<u2")
+    flips[[0, -1]] = 0x8000
+    change(path, NORM, lambda values: values ^ flips, "<u2")
+    monkeypatch.setattr(weights, "_SLICE_NBYTES", slice_nbytes)
+
+    (finding,) = weight_findings(load(path), SOURCES / "llama")
+
+    assert (finding.rule, finding.where) == ("kept-tensor-differs", NORM)
+    assert finding.severity == "error"
+    assert finding.message.startswith(f"2 of 512 bytes are not those in {SOURCES / 'llama'}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "message"),
+    [("F32", (256,), "is F32 [256], in "), ("BF16", (1, 256), "is BF16 [1, 256], in ")],
+)
+def test_kept_tensors_keep_dtype_and_shape(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], message: str
+) -> None:
+    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
+    data = bytes(1024 if dtype == "F32" else 512)
+    rewrite(path, lambda tensors: tensors.update({NORM: (dtype, shape, data)}))
+
+    (finding,) = weight_findings(load(path), SOURCES / "llama")
+
+    assert (finding.rule, finding.where) == ("kept-tensor-differs", NORM)
+    assert finding.message.startswith(message)
+    assert "it is BF16 [256]" in finding.message
+
+
+def test_a_reference_with_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
+    shutil.copytree(SOURCES / "llama", tmp_path / "other")
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"other.{name}"] = tensors.pop(name)
+
+    rewrite(tmp_path / "other", rename)
+    findings = list(weight_findings(load(path), tmp_path / "other"))
+    result = CliRunner().invoke(cli.main, [str(path), "--reference", str(tmp_path / "other")])
+
+    assert {item.rule for item in findings} == {"tensor-missing", "weight-not-in-reference"}
+    assert {item.severity for item in findings} == {"error"}
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("algo", "where"),
+    [
+        ("FP8_PER_CHANNEL_PER_TOKEN", "rows 3 to 3, columns 0 to 255, the worst of 1 scale groups"),
+        ("FP8_PB_WO", "rows 128 to 255, columns 128 to 255, the worst of 1 scale groups"),
+    ],
+)
+def test_one_scale_that_is_half_too_large_is_found(tmp_path: Path, algo: str, where: str) -> None:
+    path = converted("llama", algo, tmp_path / "out")
+    factors = np.ones(256 if algo == "FP8_PER_CHANNEL_PER_TOKEN" else 4)
+    factors[3] = 1.5
+    change(path, f"{Q_PROJ}.weight_scale", lambda scale: scale * factors, "<f4")
+
+    (finding,) = weight_findings(load(path), SOURCES / "llama")
+
+    assert finding.rule == "weight-error"
+    assert where in finding.message
+
+
+def encoded(folder: Path, w_NK: torch.Tensor, algo: str) -> tuple[Stored, dict[str, Stored]]:
+    """Store a weight and its quantized tensors."""
+
+    def store(name: str, tensor: torch.Tensor, dtype: str) -> Stored:
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        (folder / name).write_bytes(data)
+        return Stored(folder / name, name, dtype, tuple(tensor.shape), 0, len(data))
+
+    declared = formats()[algo]
+    outputs = kernels_for(algo).quantize_torch(w_NK)
+    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    stored = {
+        spec.suffix: store(f"out.{spec.suffix}", outputs[spec.suffix], spec.dtype)
+        for spec in declared.tensors
+    }
+    return store("source", w_NK, dtypes[w_NK.dtype]), stored
+
+
+@pytest.mark.parametrize("algo", list(formats()))
+@pytest.mark.parametrize("size", [1.4e-45, 1e-44, 1e-43, 1e-41, 1e-38, 1e-20, 1.0, 1e38])
+def test_magnitude_is_no_error(tmp_path: Path, algo: str, size: float) -> None:
+    w_NK = torch.randn(130, 257, generator=torch.Generator().manual_seed(1)).clamp(-3, 3) * size
+
+    assert deviation(*encoded(tmp_path, w_NK, algo), formats()[algo]).num_beyond == 0
+
+
+@pytest.mark.parametrize("algo", list(formats()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_subnormal_halves_are_no_error(tmp_path: Path, algo: str, dtype: torch.dtype) -> None:
+    bits = torch.randint(1, 6, (130, 257), generator=torch.Generator().manual_seed(2))
+    w_NK = bits.to(torch.int16).view(dtype)
+
+    assert deviation(*encoded(tmp_path, w_NK, algo), formats()[algo]).num_beyond == 0
+
+
+@pytest.mark.parametrize("algo", list(formats()))
+def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path, algo: str) -> None:
+    w_NK = torch.randn(130, 257, generator=torch.Generator().manual_seed(3))
+    w_NK[0, 0], w_NK[129, 256], w_NK[5, 7] = torch.nan, torch.inf, -torch.inf
+
+    found = deviation(*encoded(tmp_path, w_NK, algo), formats()[algo])
+
+    assert (found.num_beyond, found.num_nonfinite) == (0, 3)
+
+
+def test_what_is_not_finite_is_a_warning(tmp_path: Path) -> None:
+    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
+    shutil.copytree(SOURCES / "llama", tmp_path / "source")
+    change(tmp_path / "source", f"{Q_PROJ}.weight", lambda w: np.where(w % 9, w, 0x7F80), "<u2")
+
+    (finding,) = weight_findings(load(path), tmp_path / "source")
+
+    assert (finding.rule, finding.severity) == ("weight-nonfinite", "warning")
+    assert finding.where == f"{Q_PROJ}.weight"
+
+
+@pytest.mark.parametrize("algo", list(formats()))
+def test_a_group_of_zeros_is_decoded_as_zeros(tmp_path: Path, algo: str) -> None:
+    w_NK = torch.randn(256, 256, generator=torch.Generator().manual_seed(4))
+    w_NK[:128, :128] = 0
+    w_NK[0] = 0
+    source, outputs = encoded(tmp_path, w_NK, algo)
+    assert deviation(source, outputs, formats()[algo]).num_beyond == 0
+    data = bytearray(outputs["weight"].file.read_bytes())
+    data[7] = 1
+    outputs["weight"].file.write_bytes(data)
+
+    found = deviation(source, outputs, formats()[algo])
+
+    assert (found.num_beyond, found.error, found.rows[0]) == (1, np.inf, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (("N",), (1, 300)),
+        (("N", "1"), (1, 300)),
+        (("ceil(N/128)", "1", "ceil(K/128)", "1"), (128, 128)),
+        (("N", "K/16"), (1, 16)),
+        (("1",), (200, 300)),
+        ((), (200, 300)),
+    ],
+)
+def test_groups_follow_the_declared_shape(
+    shape: tuple[str, ...], expected: tuple[int, int]
+) -> None:
+    codes, scale = formats()["FP8_PB_WO"].tensors
+    tensors = (codes, scale.model_copy(update={"shape": shape}))
+    declared = formats()["FP8_PB_WO"].model_copy(update={"tensors": tensors})
+
+    assert group_steps(declared, rows=200, columns=300) == expected
+
+
+def test_a_group_that_goes_through_all_slices_is_judged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with one scale per tensor: here only the cutting into groups is that."""
+    w_NK = torch.randn(256, 256, generator=torch.Generator().manual_seed(5))
+    source, outputs = encoded(tmp_path, w_NK, "FP8_PB_WO")
+    monkeypatch.setattr(group_errors, "_SLICE_NBYTES", 1)
+    monkeypatch.setattr(group_errors, "group_steps", lambda *args, **sizes: (256, 256))
+    strict = formats()["FP8_PB_WO"].model_copy(update={"error_bound": 0.001})
+
+    found = deviation(source, outputs, strict)
+
+    assert isinstance(found, Deviation)
+    assert (found.num_groups, found.rows, found.columns) == (1, (0, 256), (0, 256))
+    assert 0.01 < found.error < 0.0626
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "convert"), ("numpy", "validate")])
+def test_a_missing_module_names_its_extra(
+    tmp_path: Path, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(cli, "validate", fail)
+    result = CliRunner().invoke(cli.main, [str(tmp_path), "--reference", str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert f"needs {module}: pip install 'qconvert[{extra}]'" in result.stderr

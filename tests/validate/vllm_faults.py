@@ -1,7 +1,7 @@
 """Faults that only vLLM minds, or that only its own matching makes faults of."""
 
 from catalogue import GATE, O_PROJ, PB_WO, PC_PT, K, Q, fault
-from checkpoints import Draft
+from checkpoints import Draft, f32
 
 from qschema.formats import find
 
@@ -40,6 +40,11 @@ def quantized_head_in_blocks(draft: Draft) -> None:
     draft.set_exclude(["model.embed_tokens"])
 
 
+@fault("vllm-stray-weights", "", model="qwen3", engine=True)
+def stray_file_without_an_index(draft: Draft) -> None:
+    draft.shards["adapter.safetensors"] = {"lora": ("F32", (1,), f32(1.0))}
+
+
 @fault("vllm-model-dtype", "$.dtype", severity="note", engine=True)
 def model_in_float32(draft: Draft) -> None:
     draft.config["dtype"] = "float32"
@@ -56,8 +61,13 @@ def one_part_of_qkv_listed(draft: Draft) -> None:
     draft.set_exclude([*draft.exclude, K])
 
 
+@fault("vllm-mixed-fusion", f"{Q}.weight", engine=True)
+def one_part_of_qkv_unquantized_and_not_listed(draft: Draft) -> None:
+    draft.dequantize(Q)
+
+
 @fault(
-    "vllm-partial-fusion",
+    "vllm-mixed-fusion",
     "model.layers.0.block_sparse_moe.experts.1.w2.weight",
     model="mixtral",
     engine=True,

@@ -4,16 +4,21 @@
 
 For llama, qwen3 and mixtral in every format: convert, `qvalidate --engine vllm --reference`, keep
 the JSON as OUT_DIR/<model>-<format>.json. Then llama with the scales of one projection times 8,
-which no rule sees. Prints a table; exits 1 if prediction and engine disagree anywhere.
+which no rule sees. OUT_DIR/run.json keeps date, commit ($COMMIT, else git's) and command. Prints a
+table; exits 1 if prediction and engine disagree anywhere, or if the run confirmed nothing at all.
 """
 
 import argparse
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qschema.formats import formats
@@ -81,6 +86,32 @@ def row(case: str, result: Result) -> str:
     )
 
 
+def provenance(options: Sequence[str]) -> dict[str, str | None]:
+    """Return when, from which commit and with which `options` this was run; no commit is None."""
+    commit = os.environ.get("COMMIT")
+    if not commit:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        try:
+            done = subprocess.run([*git, "--abbrev=40"], capture_output=True, text=True, check=True)
+            commit = done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        # the paths of the machine say nothing
+        "command": shlex.join(
+            ["validate/evidence/collect.py", "OUT_DIR", "--python", "ENGINES_PYTHON", *options]
+        ),
+    }
+
+
+def status(results: Sequence[Result]) -> int:
+    """Return 1 if any run contradicts its prediction, or none confirms one."""
+    agreements = [result.engine.agreement for result in results if result.engine is not None]
+    return int("contradicted" in agreements or "confirmed" not in agreements)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir", type=Path)
@@ -89,6 +120,8 @@ def main() -> int:
     parser.add_argument("-j", "--jobs", type=int, default=1)
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    options = ["--device", args.device, "--jobs", str(args.jobs)]
+    (args.out_dir / "run.json").write_text(json.dumps(provenance(options), indent=2) + "\n")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         shutil.copytree(CHECKPOINTS, work / "source")
@@ -108,7 +141,9 @@ def main() -> int:
             results = list(pool.map(run, cases))
     for (case, _, _), result in zip(cases, results, strict=True):
         print(row(case, result))
-    return int(any(r.engine is not None and r.engine.agreement == "contradicted" for r in results))
+    if status(results):
+        print("not as predicted, or nothing confirmed: see the table", file=sys.stderr)
+    return status(results)
 
 
 if __name__ == "__main__":

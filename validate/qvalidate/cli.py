@@ -1,7 +1,9 @@
 """The qvalidate command. `qvalidate CKPT ...` is `qvalidate check CKPT ...`."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import click
 
@@ -12,6 +14,29 @@ from qvalidate.validation import validate
 
 _LIMITS = Thresholds()
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class _Finite(click.FloatRange):
+    """A range of numbers that NaN and infinity are never in."""
+
+    def convert(
+        self, value: float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
+_SHARE = _Finite(min=0, max=1)
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _number(
+    name: str, default: float, *, text: str, values: _Finite = _POSITIVE
+) -> Callable[[_Command], _Command]:
+    return click.option(name, type=values, default=default, show_default=True, help=text)
 
 
 class _CheckByDefault(click.Group):
@@ -63,17 +88,10 @@ def main() -> None:
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file."
 )
-@click.option(
-    "--timeout", default=600.0, show_default=True, help="Seconds for each start of the engine."
-)
-@click.option("--max-kl", default=_LIMITS.max_kl, show_default=True, help="Mean KL, in nats.")
-@click.option("--min-top1", default=_LIMITS.min_top1, show_default=True, help="Top-1 agreement.")
-@click.option(
-    "--max-rel",
-    default=_LIMITS.max_relative_error,
-    show_default=True,
-    help="Relative error of the logprobs.",
-)
+@_number("--timeout", 600.0, text="Seconds for each start of the engine.")
+@_number("--max-kl", _LIMITS.max_kl, text="Mean KL, in nats.")
+@_number("--min-top1", _LIMITS.min_top1, text="Top-1 agreement.", values=_SHARE)
+@_number("--max-rel", _LIMITS.max_relative_error, text="Relative error of the logprobs.")
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 @click.option("-q", "--quiet", is_flag=True, help="No words on stderr, no notes.")
 @click.option("-v", "--verbose", is_flag=True, help="All findings of every rule.")
@@ -121,7 +139,8 @@ def check(
     try:
         result = validate(ckpt, reference=reference, engine=adapter, request=request)
     except ModuleNotFoundError as error:
-        needs = f"--reference needs {error.name}: pip install 'qconvert[validate]'"
+        extra = "convert" if error.name == "torch" else "validate"
+        needs = f"--reference needs {error.name}: pip install 'qconvert[{extra}]'"
         raise click.UsageError(needs) from None
     except OSError as error:
         message = f"can't read {error.filename or ckpt}: {error.strerror or error}"

@@ -75,7 +75,7 @@ def compare(reference: Path, candidate: Path, *, vocab: int, targets: Sequence[i
         )
     if sums.squared_reference == 0.0:
         raise CompareError(
-            "compare-undefined", "the reference gives every token the same probability everywhere"
+            "compare-reference", "the reference gives every token the same probability everywhere"
         )
     return Comparison(
         num_positions=len(targets),
@@ -149,7 +149,7 @@ def _check_values(reference_PV: "LogProbs", candidate_PV: "LogProbs") -> None:
     for name, positions in bad.items():
         if positions:
             raise CompareError(
-                "compare-nonfinite",
+                "compare-reference" if name == "reference" else "compare-nonfinite",
                 f"the {name} has NaN or Inf log-probabilities at {len(positions)} of "
                 f"{reference_PV.shape[0]} positions, first at position {positions[0]}",
             )

@@ -11,11 +11,12 @@ from fnmatch import fnmatchcase, translate
 from functools import cached_property
 from pathlib import Path
 
-from qschema.architectures import has_tied_head, keep_reason
+from qschema.architectures import has_tied_head, keep_reason, text_config
 from qschema.checkpoint import Checkpoint
 from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format, TensorSpec
 from qschema.safetensors import Stored
+from qschema.strict import Json
 from qvalidate.documents import QuantConfig
 from qvalidate.scales import ScaleStats, scale_stats
 
@@ -148,6 +149,13 @@ class Context:
     def _wild(self) -> re.Pattern[str] | None:
         wild = [translate(pattern) for pattern in self.exclude if set(pattern) & set("*?[")]
         return re.compile("|".join(wild)) if wild else None
+
+
+def positive_int(config: Mapping[str, Json], *keys: str) -> int | None:
+    """Return the first of `keys` that is a positive whole number in the language model's config."""
+    text = text_config(config)
+    values = (text.get(key) for key in keys)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def codes_spec(declared: Format) -> TensorSpec:

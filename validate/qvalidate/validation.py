@@ -14,6 +14,16 @@ from qvalidate.rules.outside import WEIGHTS
 from qvalidate.rules.registry import Effect
 from qvalidate.weights import weight_findings
 
+# what a run shows about the checkpoint itself, by the rule of its finding
+_SHOWS: dict[str, Prediction] = {
+    "engine-refused": "refuses",
+    "generate-nonfinite": "loads-but-wrong",
+    "compare-nonfinite": "loads-but-wrong",
+    "compare-kl": "loads-but-wrong",
+    "compare-top1": "loads-but-wrong",
+    "compare-relative-error": "loads-but-wrong",
+}
+
 _TOOL = Tool(name="qvalidate", version=__version__)
 
 
@@ -91,20 +101,19 @@ def predict(findings: list[Finding], *, engine: str) -> tuple[Prediction, list[s
 def agreement(predicted: Prediction, observed: EngineOutcome | None) -> Agreement:
     """Return whether the run bears the prediction out.
 
-    A machine without the kernel, or an engine that gave no answer in time, shows nothing. That a
-    checkpoint is right only a comparison shows.
+    A machine without the kernel, a crash, memory that ran out, no answer in time, a source that
+    fails itself: none of them shows anything. That a checkpoint is right only a comparison shows.
     """
-    if observed is None or predicted == "unknown":
-        return "untested"
-    has_timed_out = any(finding.rule == "engine-timeout" for finding in observed.findings)
-    if observed.verdict in ("no-kernel", "not-run") or has_timed_out:
+    if observed is None or predicted == "unknown" or observed.verdict in ("no-kernel", "not-run"):
         return "untested"
     if observed.verdict == "passed":
         if predicted == "loads-but-wrong" and observed.reached != "compare":
             return "untested"
         return "confirmed" if predicted == "loads" else "contradicted"
-    shown: Prediction = "refuses" if observed.reached is None else "loads-but-wrong"
-    return "confirmed" if predicted == shown else "contradicted"
+    rules = [finding.rule for finding in observed.findings if finding.severity == "error"]
+    if not rules or not all(rule in _SHOWS for rule in rules):
+        return "untested"
+    return "confirmed" if all(_SHOWS[rule] == predicted for rule in rules) else "contradicted"
 
 
 def _subject(context: Context) -> Subject:

@@ -1,35 +1,30 @@
-"""Weights against the source's: every quantized tensor decoded and compared, streamed by rows.
+"""Tensors against the source's: quantized ones decoded and compared, the others byte for byte.
 
 What no rule can see, right shapes with wrong numbers (a scale times eight, a transposed matrix,
-another model's weights), shows here by name, on any machine and without an engine. Needs numpy.
+another model's norms), shows here by name, on any machine and without an engine. Needs numpy.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qkernels import kernels_for, native
-from qschema.checkpoint import open_checkpoint
-from qschema.dtypes import HIGH_PRECISION, nbytes
+from qschema.checkpoint import Checkpoint, open_checkpoint
+from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format
 from qschema.safetensors import Stored
 from qschema.strict import DocumentError, Finding
-from qvalidate.context import Context, Module
+from qvalidate.context import LM_HEAD, Context, Module
+from qvalidate.decode import read
+from qvalidate.group_errors import Deviation, deviation
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-# source bytes that are decoded at a time
-_SLICE_NBYTES = 8 << 20
+# bytes of each side that are compared at a time
+_SLICE_NBYTES = 4 << 20
 
 
 def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
-    """Yield what differs between the quantized weights of `context` and those of `reference`.
+    """Yield what differs between the tensors of `context` and those of `reference`.
 
-    Yields the problems of a `reference` that can't be opened. Tensors whose dtype or shape is not
-    the declared one are left to the rules.
+    Yields the problems of a `reference` that can't be opened. Quantized tensors whose dtype or
+    shape is not the declared one are left to the rules, as is a format that nobody declared.
     """
     if context.declared is None:
         return
@@ -38,53 +33,100 @@ def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
     except DocumentError as problem:
         yield from problem.findings
         return
+    yield from _missing(context, source)
+    yield from _kept(context, source)
     for name, module in context.quantized.items():
         weight = source.tensors.get(f"{name}.weight")
         if weight is None:
             message = f"{reference} has no tensor {name}.weight"
-            yield _finding(module, "weight-not-in-reference", message, severity="warning")
+            yield _finding(module.file, f"{name}.weight", "weight-not-in-reference", message)
             continue
         outputs = _outputs(module, context.declared)
-        if outputs is None:
+        if outputs is not None:
+            yield from _quantized(module, weight, outputs, context.declared, reference)
+
+
+def _missing(context: Context, source: Checkpoint) -> Iterator[Finding]:
+    """Yield the tensors of the source that the checkpoint lacks under their names."""
+    for name, stored in source.tensors.items():
+        is_tied = name == f"{LM_HEAD}.weight" and context.is_tied
+        if name not in context.checkpoint.tensors and not is_tied:
+            message = f"{stored.dtype} {list(stored.shape)} in {stored.file}, is in no shard here"
+            yield _finding(str(context.path), name, "tensor-missing", message)
+
+
+def _kept(context: Context, source: Checkpoint) -> Iterator[Finding]:
+    """Yield the tensors that are not quantized and are not the source's."""
+    for name, stored in context.checkpoint.tensors.items():
+        original = source.tensors.get(name)
+        is_codes = name.endswith(".weight") and name.removesuffix(".weight") in context.quantized
+        if original is None or (is_codes and stored.dtype != original.dtype):
             continue
-        codes = next(iter(outputs.values()))
-        if weight.shape != codes.shape or weight.dtype not in HIGH_PRECISION:
+        if (stored.dtype, stored.shape) != (original.dtype, original.shape):
             message = (
-                f"is {list(codes.shape)}, in {reference} it is {weight.dtype} {list(weight.shape)}"
+                f"is {stored.dtype} {list(stored.shape)}, in {source.path} it is "
+                f"{original.dtype} {list(original.shape)}; what is not quantized is kept as it is"
             )
-            yield _finding(module, "weight-reference-shape", message)
+        elif count := _num_differing(stored, original):
+            message = (
+                f"{count} of {stored.nbytes} bytes are not those in {source.path}; "
+                "what is not quantized is kept as it is"
+            )
+        else:
             continue
-        error = relative_error(weight, outputs, context.declared)
-        # a NaN is not below the bound either
-        if not error <= context.declared.error_bound:
-            message = (
-                f"relative error {error:.4g} against {reference}; {context.declared.name} "
-                f"can't exceed {context.declared.error_bound}: wrong scales, or another weight"
-            )
-            yield _finding(module, "weight-error", message)
+        yield _finding(str(stored.file), name, "kept-tensor-differs", message)
 
 
-def relative_error(weight: Stored, outputs: Mapping[str, Stored], declared: Format) -> float:
-    """Return ||w - dequantized|| / ||w|| of one weight; 0.0 if both are all zero."""
-    import numpy as np
+def _num_differing(stored: Stored, original: Stored) -> int:
+    count = 0
+    for offset in range(0, stored.nbytes, _SLICE_NBYTES):
+        size = min(_SLICE_NBYTES, stored.nbytes - offset)
+        found, expected = read(stored, offset, size), read(original, offset, size)
+        if found != expected:
+            import numpy as np
 
-    rows, columns = weight.shape
-    block = declared.block_rows
-    each = max(1, _SLICE_NBYTES // max(1, nbytes(weight.dtype, (block, columns)))) * block
-    err2 = ref2 = 0.0
-    for start in range(0, rows, each):
-        stop = min(rows, start + each)
-        row_nbytes = nbytes(weight.dtype, (1, columns))
-        raw = _read(weight, start * row_nbytes, (stop - start) * row_nbytes)
-        spans = declared.spans(start=start, stop=stop, columns=columns)
-        parts = {suffix: _read(outputs[suffix], *span) for suffix, span in spans.items()}
-        source = _widen(raw, weight.dtype)
-        decoded = _dequantize(declared, parts, rows=stop - start, columns=columns)
-        err2 += float(np.square(source - decoded, dtype=np.float64).sum())
-        ref2 += float(np.square(source, dtype=np.float64).sum())
-    if ref2 == 0.0:
-        return 0.0 if err2 == 0.0 else float("inf")
-    return float(np.sqrt(err2 / ref2))
+            differs = np.frombuffer(found, np.uint8) != np.frombuffer(expected, np.uint8)
+            count += int(np.count_nonzero(differs))
+    return count
+
+
+def _quantized(
+    module: Module,
+    weight: Stored,
+    outputs: Mapping[str, Stored],
+    declared: Format,
+    reference: Path,
+) -> Iterator[Finding]:
+    name, codes = f"{module.name}.weight", next(iter(outputs.values()))
+    if weight.shape != codes.shape or weight.dtype not in HIGH_PRECISION:
+        message = (
+            f"is {list(codes.shape)}, in {reference} it is {weight.dtype} {list(weight.shape)}"
+        )
+        yield _finding(module.file, name, "weight-reference-shape", message)
+        return
+    found = deviation(weight, outputs, declared)
+    if found.num_nonfinite:
+        message = (
+            f"{found.num_nonfinite} NaN or Inf in {reference}, left out of the comparison; "
+            "they can't be told from other values in the codes"
+        )
+        yield Finding(
+            file=module.file, where=name, rule="weight-nonfinite", message=message,
+            severity="warning",
+        )  # fmt: skip
+    if found.num_beyond:
+        yield _finding(module.file, name, "weight-error", _far(found, declared, reference))
+
+
+def _far(found: Deviation, declared: Format, reference: Path) -> str:
+    (top, bottom), (left, right) = found.rows, found.columns
+    where = f"rows {top} to {bottom - 1}, columns {left} to {right - 1}"
+    return (
+        f"relative error {found.error:.4g} against {reference} in {where}, the worst of "
+        f"{found.num_beyond} scale groups (of {found.num_groups}) that are beyond "
+        f"{declared.error_bound}, which {declared.name} can't exceed: wrong scales, or another "
+        "weight"
+    )
 
 
 def _outputs(module: Module, declared: Format) -> Mapping[str, Stored] | None:
@@ -99,57 +141,5 @@ def _outputs(module: Module, declared: Format) -> Mapping[str, Stored] | None:
     return complete if as_declared == dict(expected) else None
 
 
-def _read(stored: Stored, offset: int, size: int) -> bytearray:
-    with open(stored.file, "rb", buffering=0) as file:
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
-        while done < size:
-            count = os.preadv(file.fileno(), [view[done:]], stored.offset + offset + done)
-            if count == 0:
-                raise OSError(0, "ends before its header says", str(stored.file))
-            done += count
-    return buffer
-
-
-def _widen(raw: bytearray, dtype: str) -> "npt.NDArray[np.float32]":
-    import numpy as np
-
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
-
-
-def _dequantize(
-    declared: Format, parts: Mapping[str, bytearray], *, rows: int, columns: int
-) -> "npt.NDArray[np.float32]":
-    import numpy as np
-
-    if native.supports(declared.name):
-        decoded = np.empty(rows * columns, np.float32)
-        arrays = [np.frombuffer(parts[spec.suffix], np.uint8) for spec in declared.tensors]
-        addresses = [array.ctypes.data for array in arrays]
-        native.dequantize(declared.name, addresses, "F32", rows, columns, decoded.ctypes.data)
-        return decoded
-    import torch
-
-    dtypes = {"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32, "U8": torch.uint8}
-    outputs = declared.outputs(rows=rows, columns=columns)
-    tensors = {
-        suffix: torch.frombuffer(parts[suffix], dtype=dtypes[dtype]).view(shape)
-        for suffix, (dtype, shape) in outputs.items()
-    }
-    restored = kernels_for(declared.name).dequantize_torch(tensors, dtype=torch.float32)
-    found: npt.NDArray[np.float32] = restored.numpy().reshape(-1)
-    return found
-
-
-def _finding(module: Module, rule: str, message: str, *, severity: str = "error") -> Finding:
-    return Finding.model_validate(
-        {
-            "file": module.file,
-            "where": f"{module.name}.weight",
-            "rule": rule,
-            "message": message,
-            "severity": severity,
-        }
-    )
+def _finding(file: str, where: str, rule: str, message: str) -> Finding:
+    return Finding(file=file, where=where, rule=rule, message=message)

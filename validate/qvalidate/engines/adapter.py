@@ -14,7 +14,7 @@ from qvalidate.compare import CompareError, compare, numpy_missing, violations
 from qvalidate.engines.diagnosis import Diagnosis, diagnose
 from qvalidate.engines.interpreter import NoInterpreterError, environment, find_interpreter
 from qvalidate.engines.outcome import Comparison, EngineOutcome, EngineRequest, Level, Verdict
-from qvalidate.engines.process import Run, RunnerState, run
+from qvalidate.engines.process import Run, RunnerState, run, sigterm_as_exit
 
 _NUM_TOKENS = 8
 _VERDICTS: dict[str, Verdict] = {"engine-no-kernel": "no-kernel", "engine-missing": "not-run"}
@@ -38,7 +38,10 @@ class RunnerEngine:
     def run(self, request: EngineRequest) -> EngineOutcome:
         """Return what the engine made of the request's checkpoint."""
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=f"qvalidate-{self.name}-") as folder:
+        with (
+            sigterm_as_exit(),
+            tempfile.TemporaryDirectory(prefix=f"qvalidate-{self.name}-") as folder,
+        ):
             outcome = _Attempt(self, request, Path(folder)).outcome()
         return outcome.model_copy(update={"wall_s": round(time.monotonic() - started, 2)})
 
@@ -62,12 +65,12 @@ class _Attempt:
         diagnosis = self._diagnose(candidate)
         if diagnosis is not None:
             return self._failed(candidate, diagnosis)
-        reached: Level = "load" if self.request.level == "load" else "generate"
+        reached = _level(candidate.state)
         self._judge_tokens(candidate.state)
         comparison = None
         if self.request.level == "compare" and self.request.reference is not None:
             comparison = self._compare(candidate.state, self.request.reference)
-            reached = "generate" if comparison is None else "compare"
+            reached = reached if comparison is None else "compare"
         is_clean = all(finding.severity != "error" for finding in self.findings)
         return self._outcome(
             candidate.state,
@@ -94,7 +97,7 @@ class _Attempt:
                 Path(__file__).with_name(self.engine.runner),
                 job,
                 folder=self.folder / role,
-                environment=environment(self.engine.defaults),
+                environment=environment(self.engine.defaults, python=python),
                 timeout_s=self.request.timeout_s,
             )
         except OSError as error:
@@ -104,7 +107,12 @@ class _Attempt:
         return self.folder / f"{role}.f32"
 
     def _diagnose(self, run: Run) -> Diagnosis | None:
-        return diagnose(run, no_kernel=self.engine.no_kernel, timeout_s=self.request.timeout_s)
+        return diagnose(
+            run,
+            level=self.request.level,
+            no_kernel=self.engine.no_kernel,
+            timeout_s=self.request.timeout_s,
+        )
 
     def _judge_tokens(self, state: RunnerState) -> None:
         for note in state.notes:
@@ -121,8 +129,8 @@ class _Attempt:
         other = self._run("reference", reference, prompts=candidate.prompts)
         diagnosis = self._diagnose(other)
         if diagnosis is not None:
-            message = f"the reference, so that nothing could be compared: {diagnosis.message}"
-            self._find(reference, diagnosis.rule, message, where=diagnosis.tensor)
+            message = f"nothing could be compared: {diagnosis.rule}: {diagnosis.message}"
+            self._find(reference, "compare-reference", message, where=diagnosis.tensor)
             return None
         try:
             if candidate.vocab is None or candidate.vocab != other.state.vocab:
@@ -135,7 +143,8 @@ class _Attempt:
                 targets=[token for ids in candidate.prompts for token in ids[1:]],
             )
         except CompareError as error:
-            self._find(self.request.checkpoint, error.rule, str(error))
+            is_its = error.rule == "compare-reference"
+            self._find(reference if is_its else self.request.checkpoint, error.rule, str(error))
             return None
         for rule, message in violations(comparison, self.request.thresholds):
             self._find(self.request.checkpoint, rule, message)
@@ -171,7 +180,7 @@ class _Attempt:
         return self._outcome(
             run.state,
             verdict=_VERDICTS.get(diagnosis.rule, "failed"),
-            reached="load" if run.state.reached in ("load", "generate") else None,
+            reached=_level(run.state),
             message=message,
         )
 
@@ -199,3 +208,8 @@ class _Attempt:
             comparison=comparison,
             findings=self.findings,
         )
+
+
+def _level(state: RunnerState) -> Level | None:
+    """Return the level that a runner in this state has shown, None before the load."""
+    return state.reached if state.reached in ("load", "generate") else None

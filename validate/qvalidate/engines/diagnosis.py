@@ -5,6 +5,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
+from qvalidate.engines.outcome import Level
 from qvalidate.engines.process import Run, RunnerError, RunnerState
 
 Rule = Literal[
@@ -12,6 +13,8 @@ Rule = Literal[
 ]
 
 _LONGEST = 320
+# the stage that a runner reports when it has done what the level asks
+_LAST: dict[Level, str] = {"load": "load", "generate": "generate", "compare": "generate"}
 # pydantic's frame around a message of the engine
 _INNER = re.compile(
     r"(?:Value|Assertion) error, (?P<inner>.+?)(?=\s*\[type=|\s*For further information|\Z)", re.S
@@ -35,18 +38,27 @@ class Diagnosis:
     tensor: str = ""
 
 
-def diagnose(run: Run, *, no_kernel: re.Pattern[str], timeout_s: float) -> Diagnosis | None:
-    """Return what went wrong in `run`, None if nothing did.
+def diagnose(
+    run: Run, *, level: Level, no_kernel: re.Pattern[str], timeout_s: float
+) -> Diagnosis | None:
+    """Return what went wrong in `run`, None if it reported all that `level` needs.
 
     An exception while the checkpoint is read is the engine's refusal; one after that, or an end
     without a word, is a crash; neither is meant where the words say that this machine lacks an
-    operation.
+    operation. An exit status of 0 says nothing: an interpreter that never answered (/bin/true) has
+    no engine.
     """
     state = run.state
     if run.timed_out:
         return Diagnosis("engine-timeout", f"no answer in {timeout_s:g} s; {_stage(state)}")
     if state.error is None:
-        return None if run.returncode == 0 else Diagnosis("engine-crashed", _last_words(run))
+        if run.returncode == 0 and state.reached == _LAST[level]:
+            return None
+        if state.reached == "start" and run.returncode >= 0:
+            return Diagnosis(
+                "engine-missing", f"the interpreter never answered: {_last_words(run)}"
+            )
+        return Diagnosis("engine-crashed", _last_words(run))
     message = _message(state.error, run.log)
     everything = "\n".join([state.error.text, *state.error.causes, message])
     if state.reached == "start":

@@ -45,11 +45,23 @@ def find_interpreter(given: str | None, *, module: str, install: str) -> str:
     return os.path.abspath(found)
 
 
-def environment(defaults: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables to start the engine with; the user's own win over `defaults`."""
+def environment(defaults: Mapping[str, str], *, python: str) -> dict[str, str]:
+    """Return the variables to start `python` with; the user's own win over `defaults`.
+
+    PYTHONPATH is meant for the interpreter that runs this, and is passed on to no other one.
+    """
     variables = {**defaults, **os.environ, **_FORCED}
+    if not _is_ours(python):
+        variables.pop("PYTHONPATH", None)
     # the runner starts in a folder of its own: relative entries would point elsewhere
     if entries := variables.get("PYTHONPATH"):
         absolute = [os.path.abspath(entry) for entry in entries.split(os.pathsep) if entry]
         variables["PYTHONPATH"] = os.pathsep.join(absolute)
     return variables
+
+
+def _is_ours(python: str) -> bool:
+    # the links of two environments lead to one program: the folder tells them apart
+    return os.path.dirname(python) == os.path.dirname(sys.executable) and os.path.realpath(
+        python
+    ) == os.path.realpath(sys.executable)

@@ -12,10 +12,12 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from pydantic import Field
@@ -89,11 +91,12 @@ def run(
     job_line = json.dumps({**job, "state": str(folder / "state.json")}) + "\n"
     started = time.monotonic()
     timed_out = False
-    with (folder / "log").open("wb") as log:
+    log = _Tail()
+    with log.writing() as end:
         process = subprocess.Popen(
             [python, str(copy)],
             stdin=subprocess.PIPE,
-            stdout=log,
+            stdout=end,
             stderr=subprocess.STDOUT,
             cwd=folder,
             env=dict(environment),
@@ -114,9 +117,62 @@ def run(
         state=_state(folder / "state.json"),
         returncode=process.returncode,
         timed_out=timed_out,
-        log=_tail(folder / "log"),
+        log=log.text(),
         wall_s=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit(143), so that engine and files are cleared away.
+
+    Only in the main thread, and only where SIGTERM would end the process at once.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        # once: the clearing up is not interrupted by the next
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Tail:
+    """The last bytes of what is written into a pipe, whatever comes before."""
+
+    def __init__(self) -> None:
+        self._kept = b""
+        self._reader: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[int]:
+        """Give the pipe's end to write to, for as long as it takes to pass it on."""
+        read_end, write_end = os.pipe()
+        self._reader = threading.Thread(target=self._read, args=(read_end,), daemon=True)
+        self._reader.start()
+        try:
+            yield write_end
+        finally:
+            os.close(write_end)
+
+    def text(self) -> str:
+        """Return the tail, once the writers are gone; one that got away is not waited for."""
+        if self._reader is not None:
+            self._reader.join(_GRACE_S)
+        return self._kept.decode("utf-8", errors="replace")
+
+    def _read(self, read_end: int) -> None:
+        with open(read_end, "rb", buffering=0) as pipe:
+            while chunk := pipe.read(_TAIL_NBYTES):
+                self._kept = (self._kept + chunk)[-_TAIL_NBYTES:]
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
@@ -144,9 +200,3 @@ def _state(file: Path) -> RunnerState:
     except DocumentError as error:
         broken = RunnerError(type="RunnerState", text=str(error), place="")
         return RunnerState(error=broken)
-
-
-def _tail(file: Path) -> str:
-    with file.open("rb") as log:
-        log.seek(max(0, file.stat().st_size - _TAIL_NBYTES))
-        return log.read().decode("utf-8", errors="replace")

@@ -9,7 +9,9 @@ from qvalidate.rules import (
     agreement,
     exclusions,
     files,
+    modules,
     orphans,
+    sizes,
     tensors,
     values,
     vllm_exclusions,
@@ -22,6 +24,8 @@ __all__ = ["RULES", "Effect", "Rule", "Severity", "run"]
 _MODULES = (
     agreement,
     tensors,
+    sizes,
+    modules,
     orphans,
     values,
     exclusions,

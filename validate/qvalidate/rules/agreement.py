@@ -14,25 +14,60 @@ from qvalidate.rules.registry import Spot, rule, some
 @rule(
     "not-quantized",
     severity="error",
-    summary="no config says that the checkpoint is quantized, or nothing in it is",
+    summary="nothing is quantized, and no config asks for it",
+    text="""There is nothing here to validate: no quantized weight, and no config that says there
+    should be one (or one that excludes every Linear). Engines load such a checkpoint as the plain
+    one that it is. A conversion that ended like this did nothing.""",
+    evidence=("run with vLLM 0.32.0 on CPU: a bf16 checkpoint loads as unquantized",),
+)
+def not_quantized(context: Context) -> Iterator[Spot]:
+    if context.quantized:
+        return
+    if context.obeyed is None:
+        message = f"no quantized module, no quantization_config here and no {HF_QUANT_CONFIG}"
+        yield Spot(context.config_file, "$.quantization_config", message)
+    elif all(context.excluded_by(module) for module in context.unquantized):
+        where = context.obeyed.where(context.obeyed.exclude_key)
+        yield Spot(context.obeyed.file, where, "excludes every Linear, and none is quantized")
+
+
+@rule(
+    "no-quantization-config",
+    severity="error",
+    summary="modules are quantized, but no config says so",
     text="""Without quantization_config in config.json and without hf_quant_config.json, every
     engine takes the checkpoint for a plain one. vLLM then stops at the first scale, whose name no
-    plain layer has; models that skip such names read the codes as weights. With a config and no
-    quantized module, the conversion did nothing.""",
+    plain layer has; models that skip such names read the codes as weights.""",
     effects={"vllm": "refuses"},
     evidence=("vLLM 0.33.0 transformers_utils/config.py:953-965",),
 )
-def not_quantized(context: Context) -> Iterator[Spot]:
-    if context.obeyed is None:
+def no_quantization_config(context: Context) -> Iterator[Spot]:
+    if context.obeyed is None and context.quantized:
         message = (
             f"{len(context.quantized)} quantized modules, but there is no quantization_config here "
             f"and no {HF_QUANT_CONFIG}"
         )
         yield Spot(context.config_file, "$.quantization_config", message)
-    elif not context.quantized:
-        where = context.obeyed.where("quant_algo")
-        message = f"says {context.obeyed.algo}, but no module's weight is quantized"
-        yield Spot(context.obeyed.file, where, message)
+
+
+@rule(
+    "no-quantized-module",
+    severity="error",
+    summary="a config says that the checkpoint is quantized, but no module is",
+    text="""Engines build quantized layers where the config asks for them. vLLM casts the
+    16-bit weights to the quantized dtype by value and multiplies with scales that were never
+    loaded: no message, and garbage. Either the conversion did nothing, or the config was copied
+    from another checkpoint.""",
+    effects={"vllm": "wrong"},
+    evidence=("run with vLLM 0.32.0 on CPU: bf16 weights under such a config load, as garbage",),
+)
+def no_quantized_module(context: Context) -> Iterator[Spot]:
+    obeyed = context.obeyed
+    if obeyed is None or context.quantized:
+        return
+    if not all(context.excluded_by(module) for module in context.unquantized):
+        message = f"says {obeyed.algo}, but no module's weight is quantized"
+        yield Spot(obeyed.file, obeyed.where("quant_algo"), message)
 
 
 @rule(

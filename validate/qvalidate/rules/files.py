@@ -14,26 +14,19 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", 
     "stray-safetensors",
     severity="error",
     summary="a safetensors file is no part of the model",
-    text="""Without an index, vLLM reads every *.safetensors beside model.safetensors as
-    weights of the model. With one it ignores the others, but tools that read the folder do
-    not. In a subfolder it is only noted.""",
-    effects={"vllm": "refuses"},
-    evidence=(
-        "vLLM 0.32.0 model_loader/weight_utils.py:585-611 filter_duplicate_safetensors_files",
-        "run on an H200 with vLLM 0.33.0: 'There is no module or parameter named'",
-    ),
+    text="""It is no shard of this model: a leftover, an adapter, another model. Tools that
+    read every *.safetensors of the folder take it for weights; engines that follow the index, if
+    there is one, skip it. In a subfolder it is only noted.""",
 )
 def stray_safetensors(context: Context) -> Iterator[Spot]:
+    index = context.checkpoint.index
+    what = f"is not in {index}" if index else "is not the model's only file"
     for name in context.checkpoint.stray_shards:
         file = str(context.path / name)
         if "/" in name:
             yield Spot(file, "", "lies in a subfolder, and is not read", "note")
-        elif context.checkpoint.index:
-            message = f"is not in {context.checkpoint.index}; engines that read it skip the file"
-            yield Spot(file, "", message, "warning")
         else:
-            message = "engines read every *.safetensors here as weights of the model; remove it"
-            yield Spot(file, "", message)
+            yield Spot(file, "", f"{what}; remove it, or move it to a folder of its own")
 
 
 @rule(

@@ -4,21 +4,14 @@ import re
 from collections.abc import Iterator
 
 from qschema.architectures import KNOWN, text_config
-from qvalidate.context import Context
+from qvalidate.context import Context, positive_int
+from qvalidate.rules.modules import missing_module
 from qvalidate.rules.registry import Spot, rule
+from qvalidate.rules.suffixes import KV_SUFFIX, PLAIN_SUFFIX, QUANT_SUFFIX
 
-# last parts of the names that quantizers give what they store beside a weight, in any dialect
-QUANT_SUFFIX = re.compile(
-    r"weight_scale(_\d|_inv)?|input_scale|output_scale|scales?|scale_inv|pre_quant_scale"
-    r"|weight_packed|weight_shape|weight_zero_point|input_global_scale|weight_global_scale"
-    r"|[kv]_(scale|bias)|kv_scale|q_scale|prob_scale|qweight|qzeros|zeros|g_idx|weight_g_idx"
-    r"|_amax|_pre_quant_scale|_svdquant_lora_[ab]|svdquant_lora_[ab]|weight_blocks|\w+_blocks"
-    r"|\w+_proj_(weight|input)_scale(_2)?"
-)
-KV_SUFFIX = re.compile(r"[kv]_scale|[kv]_bias|kv_scale")
-# what modules of the known model types own beside the format's tensors
-PLAIN_SUFFIX = frozenset({"weight", "bias", "e_score_correction_bias", "inv_freq"})
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# more digits than any layer has; int() refuses thousands of them
+_MOST_DIGITS = 6
 
 
 @rule(
@@ -35,15 +28,20 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 def orphan_tensor(context: Context) -> Iterator[Spot]:
     declared = context.declared
     expected = {spec.suffix for spec in declared.tensors} if declared else {"weight"}
-    depth = text_config(context.checkpoint.config).get("num_hidden_layers")
+    depth = positive_int(context.checkpoint.config, "num_hidden_layers")
     has_mtp = "num_nextn_predict_layers" in text_config(context.checkpoint.config)
+    lost = {spot.where for spot in missing_module(context)}
     for name, module in context.modules.items():
         layer = _LAYER.match(f"{name}.")
-        if layer and isinstance(depth, int) and int(layer[1]) >= depth and not has_mtp:
-            message = f"belongs to layer {layer[1]}, config.json says num_hidden_layers {depth}"
+        if layer and depth and not has_mtp and _is_past(layer[1], depth):
+            number = layer[1][: 2 * _MOST_DIGITS]
+            message = f"belongs to layer {number}, config.json says num_hidden_layers {depth}"
             yield from (
                 Spot(str(stored.file), stored.name, message) for stored in module.tensors.values()
             )
+            continue
+        if f"{name}.weight" in lost:
+            # the module belongs here, and engines load what is left of it
             continue
         for suffix, stored in module.tensors.items():
             message = _problem(context, suffix, expected, module.is_quantized, name)
@@ -54,6 +52,10 @@ def orphan_tensor(context: Context) -> Iterator[Spot]:
             ):
                 message = f"no module of {context.model_type} has a tensor {suffix!r}"
                 yield Spot(str(stored.file), stored.name, message, "warning")
+
+
+def _is_past(number: str, depth: int) -> bool:
+    return len(number) > _MOST_DIGITS or int(number) >= depth
 
 
 def _problem(

@@ -9,6 +9,7 @@ LOADING: Mapping[str, str] = {
     "checkpoint-pickle": "the weights are pickled, and loading them would run code",
     "config-missing": "there is no config.json",
     "config-type": "a config is not a JSON object",
+    "file-name": "the name of a file is not UTF-8",
     "file-unreadable": "a file can't be read",
     "index-ambiguous": "there are several indexes",
     "index-missing": "there are several safetensors files and no index to say which are the model",
@@ -22,6 +23,7 @@ LOADING: Mapping[str, str] = {
     "json-constant": "a JSON file has NaN or Infinity, which are not JSON",
     "json-duplicate-key": "a JSON object has a key twice",
     "json-number": "a JSON number is out of range",
+    "json-surrogate": "a JSON key holds half a character",
     "json-syntax": "a file is not JSON",
     "json-utf8": "a JSON file is not UTF-8",
     "safetensors-dtype": "a tensor has a dtype that safetensors does not know",
@@ -38,23 +40,28 @@ LOADING: Mapping[str, str] = {
 
 WEIGHTS: Mapping[str, str] = {
     "weight-error": "a dequantized weight is further from the source's than its format can explain",
+    "weight-nonfinite": "NaN or Inf in the source's weight, left out of the comparison (warning)",
     "weight-not-in-reference": "the source has no tensor of that name to compare with",
     "weight-reference-shape": "the source's tensor has another shape or is no weight",
+    "kept-tensor-differs": "a tensor that is not quantized is not the source's, byte for byte",
+    "tensor-missing": "a tensor of the source is missing (lm_head.weight may be, where it is tied)",
 }
 
 ENGINE: Mapping[str, str] = {
     "engine-refused": "the engine did not load the checkpoint",
     "engine-crashed": "the engine died, or stopped with an error that is not about loading",
     "engine-timeout": "the engine did not answer within --timeout",
-    "engine-missing": "that interpreter has no such engine; nothing was tested (exit 2)",
+    "engine-missing": "that interpreter brought up no such engine; nothing was tested (exit 2)",
     "engine-no-kernel": "this machine has no kernel for the format; nothing was shown, which is no "
     "pass; --level rules asks for the rules alone",
     "engine-tokenizer": "the engine found no tokenizer and was given token ids",
     "compare-kl": "the mean KL divergence from the source is above --max-kl",
     "compare-top1": "the top-1 agreement with the source is below --min-top1",
     "compare-relative-error": "the relative error of the logprobs is above --max-rel",
-    "compare-nonfinite": "the engine returned NaN or infinite logprobs",
+    "generate-nonfinite": "what the engine generated has NaN or infinite logprobs",
+    "compare-nonfinite": "the engine returned NaN or infinite logprobs for the checkpoint",
+    "compare-reference": "the source's own run failed or gave nothing to compare with; the "
+    "comparison says nothing about the checkpoint",
     "compare-size": "the two runs returned logprobs of different sizes",
-    "compare-undefined": "the comparison has no value, because the source's logprobs are constant",
     "compare-vocabulary": "the two checkpoints have vocabularies of different sizes",
 }

@@ -1,15 +1,10 @@
 """Every tensor that the format declares is there, with its dtype, rank and shape."""
 
-import re
 from collections.abc import Iterator
 
-from qschema.architectures import KNOWN, fused_siblings, text_config
 from qschema.formats import Format
 from qvalidate.context import Context, Module, axes, codes_spec
-from qvalidate.rules.registry import Spot, rule, some
-
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>\w+)")
-_LAYER = re.compile(r"(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.")
+from qvalidate.rules.registry import Spot, rule
 
 
 @rule(
@@ -107,63 +102,6 @@ def wrong_shape(context: Context) -> Iterator[Spot]:
                 f"expected shape {list(shape)} for weight {list(weight.shape)} in "
                 f"{context.declared.name}, got {list(stored.shape)}{rank}",
             )
-
-
-@rule(
-    "missing-module",
-    severity="error",
-    summary="a layer, an expert or a fused sibling that the others imply has no tensors",
-    text="""Layers are numbered up to num_hidden_layers, experts up to the number in
-    config.json, and q/k/v or gate/up come together. A gap is a conversion that lost
-    something; vLLM fills the hole with uninitialised memory and does not say so. Checked for
-    model types with known names only.""",
-    effects={"vllm": "wrong"},
-    evidence=("vLLM 0.33.0 model_executor/model_loader/default_loader.py:510-524",),
-)
-def missing_module(context: Context) -> Iterator[Spot]:
-    if context.model_type not in KNOWN:
-        return
-    index = str(context.path / (context.checkpoint.index or "model.safetensors"))
-    for stack, found in _numbered(context, _LAYER, "stack").items():
-        expected = _count(context, "num_hidden_layers") if stack == "model.layers" else None
-        missing = [n for n in range(expected or max(found) + 1) if n not in found]
-        if missing:
-            names = some([f"{stack}.{n}" for n in missing])
-            yield Spot(index, f"{stack}.{missing[0]}", f"no tensors of {names}")
-    num_experts = _count(context, "num_local_experts", "num_experts", "n_routed_experts")
-    for stack, found in _numbered(context, _EXPERT, "experts").items():
-        missing = [n for n in range(num_experts or max(found) + 1) if n not in found]
-        if missing:
-            names = some([f"{stack}.{n}" for n in missing])
-            yield Spot(index, f"{stack}.{missing[0]}", f"no tensors of {names}")
-    # w1/w3 and q_a/kv_a exist alone in some models; q/k/v and gate/up of these types do not
-    for name, module in context.modules.items():
-        siblings = fused_siblings(name)
-        leaf = name.rpartition(".")[2]
-        if leaf in ("q_a_proj", "kv_a_proj_with_mqa") or len(siblings) == 1:
-            continue
-        if name != next((sibling for sibling in siblings if sibling in context.modules), None):
-            continue
-        for sibling in siblings:
-            if "weight" not in getattr(context.modules.get(sibling), "tensors", {}):
-                # deepseek's attention has a q_proj and no k_proj
-                if leaf == "q_proj" and context.model_type == "deepseek_v3":
-                    continue
-                message = f"missing, but {name}.weight is there; engines load them as one matrix"
-                yield Spot(module.file, f"{sibling}.weight", message)
-
-
-def _numbered(context: Context, pattern: re.Pattern[str], group: str) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for name in context.checkpoint.tensors:
-        if match := pattern.match(name):
-            found.setdefault(match[group], set()).add(int(match["index"]))
-    return found
-
-
-def _count(context: Context, *keys: str) -> int | None:
-    text = text_config(context.checkpoint.config)
-    return next((value for key in keys if isinstance(value := text.get(key), int)), None)
 
 
 def _expected(module: Module, declared: Format) -> dict[str, tuple[str, tuple[int, ...]]] | None:

@@ -67,11 +67,10 @@ def vllm_exclusion_missed(context: Context) -> Iterator[Spot]:
 @rule(
     "vllm-partial-fusion",
     severity="error",
-    summary="a layer that vLLM fuses is quantized in part",
-    text="""q, k and v (gate and up, all experts of a layer) become one matrix, which is
-    quantized or is not. vLLM stops with "Detected some but not all shards of ... are
-    quantized" where the list names some of the parts; where the list names none or all, it
-    loads one kind as if it were the other.""",
+    summary="the list names some of the parts that vLLM fuses into one layer",
+    text="""q, k and v (gate and up) become one matrix, which is quantized or is not. Where the
+    list names some of the parts, vLLM stops with "Detected some but not all shards of ... are
+    quantized". List all of them, or none.""",
     engine="vllm",
     versions=VERSIONS,
     effects={"vllm": "refuses"},
@@ -79,19 +78,36 @@ def vllm_exclusion_missed(context: Context) -> Iterator[Spot]:
 )
 def vllm_partial_fusion(context: Context) -> Iterator[Spot]:
     for layer in layers([*context.quantized, *context.unquantized]).values():
-        codes = [part for part in layer.parts if part in context.quantized]
-        plain = [part for part in layer.parts if part in context.unquantized]
         found = match(layer.name, context.exclude)
-        if codes and plain:
-            weight = context.unquantized[plain[0]]
-            message = f"{weight.dtype}, but {codes[0]} of the same {layer.name} is quantized"
-            yield Spot(str(weight.file), weight.name, message)
-        elif found.state == "partial":
+        if found.state == "partial":
             named = [part for part in layer.parts if part in context.exclude]
             first = named[0] if named else layer.parts[0]
             stored = context.modules[first].tensors["weight"]
             message = f"excluded by {found.pattern!r}, but not every part of {layer.name} is"
             yield Spot(str(stored.file), stored.name, message)
+
+
+@rule(
+    "vllm-mixed-fusion",
+    severity="error",
+    summary="a layer that vLLM fuses is quantized in part, and the list does not tell",
+    text="""q, k and v (gate and up, all experts of a layer) become one matrix, which is
+    quantized or is not. Where the list names none of the parts, or all, vLLM builds one kind and
+    loads the parts of the other kind into it: a 16-bit part is cast to the quantized dtype by
+    value and multiplied with a scale that was never loaded, without a message.""",
+    engine="vllm",
+    versions=VERSIONS,
+    effects={"vllm": "wrong"},
+    evidence=(_SOURCE, "run with vLLM 0.32.0 on CPU: q_proj alone in bf16 loads, as garbage"),
+)
+def vllm_mixed_fusion(context: Context) -> Iterator[Spot]:
+    for layer in layers([*context.quantized, *context.unquantized]).values():
+        codes = [part for part in layer.parts if part in context.quantized]
+        plain = [part for part in layer.parts if part in context.unquantized]
+        if codes and plain and match(layer.name, context.exclude).state != "partial":
+            weight = context.unquantized[plain[0]]
+            message = f"{weight.dtype}, but {codes[0]} of the same {layer.name} is quantized"
+            yield Spot(str(weight.file), weight.name, message)
 
 
 @rule(

@@ -142,6 +142,29 @@ def vllm_lm_head(context: Context) -> Iterator[Spot]:
 
 
 @rule(
+    "vllm-stray-weights",
+    severity="error",
+    summary="vLLM reads a stray safetensors file as weights of the model",
+    text="""Without an index vLLM loads every *.safetensors of the folder, and stops at the
+    first name that the model does not have. With an index vLLM reads the files that it names and
+    no others.""",
+    engine="vllm",
+    versions=VERSIONS,
+    effects={"vllm": "refuses"},
+    evidence=(
+        "vLLM 0.32.0 model_loader/weight_utils.py:585-611 filter_duplicate_safetensors_files",
+        "run on an H200 with vLLM 0.33.0: 'There is no module or parameter named'",
+    ),
+)
+def vllm_stray_weights(context: Context) -> Iterator[Spot]:
+    if context.checkpoint.index is None:
+        for name in context.checkpoint.stray_shards:
+            if "/" not in name:
+                message = "without an index vLLM reads every *.safetensors here; remove it"
+                yield Spot(str(context.path / name), "", message)
+
+
+@rule(
     "vllm-model-dtype",
     severity="note",
     summary="the model's dtype is float32, which vLLM's quantized layers do not run in",
