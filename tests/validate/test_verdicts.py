@@ -211,7 +211,7 @@ def test_evidence_needs_something_confirmed(agreements: list[Agreement], status:
 
 def test_evidence_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMIT", "abc")
-    made = COLLECT["provenance"]()
+    made = COLLECT["provenance"](["--device", "cpu"])
 
     assert (made["commit"], set(made)) == ("abc", {"date", "commit", "command"})
     assert made["date"].endswith("+00:00")
