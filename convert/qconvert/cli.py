@@ -156,7 +156,7 @@ def qconvert(
     elif not quiet:
         click.echo(
             f"{out_dir}: {human(plan.output_nbytes())}, {report.bits_per_weight:.2f} bits per "
-            f"weight, on {target.name}; check it with: qvalidate {out_dir} --engine vllm "
+            f"weight, on {target.name}; check it with: qvalidate {out_dir} "
             f"--reference {in_dir}",
             err=True,
         )

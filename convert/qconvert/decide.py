@@ -33,8 +33,8 @@ def decide(
     """Return what `recipe` and the architecture map make of `tensor`.
 
     `used` collects the recipe's patterns that matched something. Raises ConvertError for a tensor
-    that can be neither quantized nor kept in good conscience: experts stacked in three dimensions,
-    or a weight that its format can't take.
+    that can be neither quantized nor kept in good conscience: experts stacked in one tensor, or a
+    weight that its format can't take.
     """
     module = module_of(tensor.name)
     excluded = _ancestor_matching(module, recipe.exclude, used)

@@ -39,7 +39,7 @@ def test_a_conversion_is_quiet_on_stdout_and_says_what_to_do_next(
     done = qconvert(llama, tmp_path / "out", "--algo", "fp8_pb_wo", "--device", "cpu")
 
     assert (done.returncode, done.stdout) == (0, "")
-    assert f"qvalidate {tmp_path / 'out'} --engine vllm" in done.stderr
+    assert f"qvalidate {tmp_path / 'out'} --reference {llama}" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

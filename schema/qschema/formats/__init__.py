@@ -39,7 +39,7 @@ def find(name: str) -> Format:
     if name.upper() in spelled:
         return spelled[name.upper()]
     near = difflib.get_close_matches(name.upper(), spelled, n=1, cutoff=0.4)
-    hint = f"; did you mean {spelled[near[0]].name}?" if near else ""
+    hint = f"; did you mean {spelled[near[0]].name}?" if near else "."
     raise UnknownFormatError(f"unknown algorithm {name!r}{hint} Known: {', '.join(formats())}")
 
 
