@@ -7,11 +7,14 @@ Sources: ModelOpt 0.47.0 modelopt_recipes/configs/ptq/units/default_disabled_qua
 its presets leave alone); vLLM 0.33.0 packed_modules_mapping of its models (what engines fuse).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from qschema.strict import Json, Strict
+
+_EXPERT = re.compile(r"(?P<parent>(?:.+\.)?experts)\.\d+\.(?P<leaf>.+)")
 
 
 class KeepRule(Strict):
@@ -105,6 +108,52 @@ FUSED: tuple[tuple[str, ...], ...] = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
+
+class Stack(Strict):
+    """How a model type stores the experts of a layer in one tensor [E, ..., ...].
+
+    `tail` ends the tensor's name. With `parts` the matrices are [rows, columns] of Linears, one
+    part below the other; each becomes a tensor of its own, named by the expert's number and the
+    part, as on the hub. Without, they are [columns, rows], multiplied from the right, and stay
+    stacked as engines read them.
+    """
+
+    model_types: frozenset[str]
+    tail: str
+    parts: tuple[str, ...] = ()
+
+
+_SPLIT = frozenset(
+    {"deepseek_v2", "deepseek_v3", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"}
+)
+_MIXTRAL = frozenset({"mixtral"})
+_TRANSPOSED = frozenset({"llama4", "llama4_text", "gpt_oss"})
+
+# Transformers 5.14 models/*/modeling_*.py: Experts modules and conversion_mapping.py
+STACKS: tuple[Stack, ...] = (
+    Stack(model_types=_SPLIT, tail="experts.gate_up_proj", parts=("gate_proj", "up_proj")),
+    Stack(model_types=_SPLIT, tail="experts.down_proj", parts=("down_proj",)),
+    Stack(model_types=_MIXTRAL, tail="experts.gate_up_proj", parts=("w1", "w3")),
+    Stack(model_types=_MIXTRAL, tail="experts.down_proj", parts=("w2",)),
+    Stack(model_types=_TRANSPOSED, tail="experts.gate_up_proj"),
+    Stack(model_types=_TRANSPOSED, tail="experts.down_proj"),
+)
+
+# model types of which each norm below the layer feeds these modules and nothing else, as w * x
+NORM_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+NORM_READERS: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+# model types, and leaf names under one parent, whose later linear reads the rows of the earlier
+# one, times something: a scale of its columns may go into those rows (ModelOpt 0.47.0
+# export/quant_utils.py:1355)
+LINEAR_TYPES = frozenset({"llama", "qwen3", "qwen3_moe"})
+LINEAR_BEFORE: Mapping[str, str] = {"down_proj": "up_proj", "o_proj": "v_proj"}
+
+# model type -> (a part of names in Transformers 5's memory, the same part on the hub)
+HUB_PARTS: Mapping[str, tuple[str, str]] = {"mixtral": ("mlp", "block_sparse_moe")}
+
 # model types whose names the rules above were tried on (tests/schema/test_architectures.py)
 KNOWN = frozenset(
     {
@@ -161,6 +210,46 @@ def fused_siblings(module: str) -> tuple[str, ...]:
         if leaf in group:
             return tuple(f"{parent}.{sibling}" if parent else sibling for sibling in group)
     return (module,)
+
+
+def find_stack(name: str, *, model_type: str | None) -> Stack | None:
+    """Return how the tensor `name` stacks experts, None where the map does not say."""
+    return next(
+        (
+            stack
+            for stack in STACKS
+            if model_type in stack.model_types
+            and (name == stack.tail or name.endswith(f".{stack.tail}"))
+        ),
+        None,
+    )
+
+
+def hub_name(name: str, *, model_type: str | None) -> str:
+    """Return the hub's name of a tensor or module that may have Transformers 5's in-memory name."""
+    found, wanted = HUB_PARTS.get(model_type or "", ("", ""))
+    return ".".join(wanted if part == found else part for part in name.split("."))
+
+
+def experts_of(module: str) -> tuple[str, str] | None:
+    """Return (the experts' parent, what comes after the number) of an expert's module.
+
+    `model.layers.0.mlp.experts.3.gate_proj` -> (`model.layers.0.mlp.experts`, `gate_proj`).
+    """
+    match = _EXPERT.fullmatch(module)
+    return (match["parent"], match["leaf"]) if match else None
+
+
+def model_order(module: str) -> tuple[int, int, int, str]:
+    """Return a key that sorts modules as a model runs them: layers, attention first, then the head.
+
+    Names within a layer go by the rows of what engines fuse; other names by the alphabet.
+    """
+    layer, leaf = layer_index(module), module.rpartition(".")[2]
+    flat = [name for group in FUSED for name in group]
+    place = 2 * (layer + 1) if layer is not None else (1 << 32) * ("head" in leaf)
+    rank = flat.index(leaf) if leaf in flat else len(flat)
+    return place + (layer is not None and "attn" not in module), rank, len(leaf), module
 
 
 def text_config(config: Mapping[str, Json]) -> Mapping[str, Json]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qschema.amax import Amax
 from qschema.hf_quant_config import HfQuantConfig
 from qschema.index import Index
 from qschema.plan import Plan
@@ -116,6 +117,15 @@ DOCUMENTS = (
         model=Recipe,
         sniff=_has("rules"),
         checks="A recipe for qconvert, in YAML or JSON.",
+    ),
+    Document(
+        id="amax",
+        title="activation statistics",
+        names=("amax.json", "*.amax.json"),
+        container="json",
+        model=Amax,
+        sniff=_is("qconvert-amax"),
+        checks="What calibration measured: the largest activations of each layer.",
     ),
     Document(
         id="plan",

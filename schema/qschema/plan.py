@@ -5,7 +5,8 @@ another process. Offsets are absolute byte positions in the file that is named.
 """
 
 import hashlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
@@ -41,22 +42,74 @@ class Span(Strict):
     nbytes: int = Field(ge=0)
 
 
+# quantize: codes and scales; keep: the same bytes; fold: a norm or a bias that takes in smoothing
+Action: TypeAlias = Literal["quantize", "keep", "fold"]
+
+
+class Output(Span):
+    """One tensor that a step writes; `suffix` names it in the format's declaration."""
+
+    suffix: str = ""
+
+
+class Vector(Strict):
+    """Numbers per column or row, from the pre_quant_scale p of modules in the statistics.
+
+    inverse: 1 / p in f32. rounded: p in bf16. mean: the f32 mean of the rounded ones, in bf16.
+    """
+
+    kind: Literal["inverse", "rounded", "mean"]
+    of: list[str] = Field(min_length=1)
+
+
+class Scaling(Strict):
+    """w = round(w * factor / divisor): f32 operations, one rounding to the weight's dtype."""
+
+    axis: Literal["columns", "rows"]
+    factor: Vector
+    divisor: Vector | None = None
+
+
 class Step(Strict):
-    """What happens to one source tensor. `outputs` of a kept tensor is the tensor itself."""
+    """What happens to one source tensor, or to one matrix of a stack of experts."""
 
     source: Span
-    action: Literal["quantize", "keep"]
+    # which rows of which expert, "[3, 0:768]"; None for a whole tensor
+    part: str | None = None
+    action: Action
     # the format's name, for `quantize` only
     algo: AlgoName | None = None
     # which rule decided, and why, in words for a person
     reason: str
-    outputs: list[Span]
+    # the Linear's weight is stored [columns, rows], experts one after the other
+    transposed: bool = False
+    # the largest |input|, shared as the format says, where it has an input scale
+    input_amax: float | None = None
+    # before anything else, in this order
+    scalings: list[Scaling] = Field(default_factory=list)
+    # what the format's smoothing tensor holds, if it is written
+    smoothing: Vector | None = None
+    # of a kept tensor the tensor itself
+    outputs: list[Output]
 
 
 class Unit(Strict):
-    """The smallest set of tensors to be quantized together: one weight, or fused siblings."""
+    """The smallest set of tensors to be quantized together: one weight, or fused siblings.
+
+    A scale of the whole weight is that of the unit's largest magnitude.
+    """
 
     steps: list[Step] = Field(min_length=1)
+
+
+class Constant(Strict):
+    """A tensor that no source tensor becomes: a scale or a bias of the KV cache."""
+
+    output: Output
+    # a number, or the tensor of this name in the statistics
+    value: float | None = None
+    vector: str | None = None
+    reason: str
 
 
 class OutputShard(Strict):
@@ -84,18 +137,35 @@ class Plan(Strict):
     tool: Tool
     source: Source
     recipe: Recipe
-    # as in hf_quant_config.json
+    # sha256 of the statistics' vectors, if any are used
+    vectors: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    # as in hf_quant_config.json, for a checkpoint of one format
     exclude_modules: list[str]
+    # module, or "....experts" for all of a layer -> format, for a mixed one
+    quantized_layers: dict[str, AlgoName] = Field(default_factory=dict)
     shards: list[OutputShard]
     units: list[Unit]
+    constants: list[Constant] = Field(default_factory=list)
     side_files: list[SideFile]
     # things a person should know before starting: fused siblings split, unknown architecture, ...
     notes: list[str] = Field(default_factory=list)
 
     @property
+    def algos(self) -> list[str]:
+        """The formats in use, sorted."""
+        return sorted({step.algo for step in self.steps if step.algo})
+
+    @property
     def steps(self) -> list[Step]:
         """All steps, unit by unit."""
         return [step for unit in self.units for step in unit.steps]
+
+    def outputs(self) -> Iterator[Output]:
+        """Yield every tensor that is written."""
+        for step in self.steps:
+            yield from step.outputs
+        for constant in self.constants:
+            yield constant.output
 
     def output_nbytes(self) -> int:
         """Return the bytes of all output shards, headers included."""

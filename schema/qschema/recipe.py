@@ -1,12 +1,13 @@
 """What a user asks for: which weights get which format, what stays, and how to treat oddities.
 
 `--algo X` is the recipe with the one rule `{match: "*", algo: X}`. Patterns are shell wildcards
-(fnmatch, case sensitive) over module names such as `model.layers.0.self_attn.q_proj`.
+(fnmatch, case sensitive) over module names such as `model.layers.0.self_attn.q_proj`. Rules of
+several formats make a mixed checkpoint (MIXED_PRECISION).
 """
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from qschema.formats import UnknownFormatError, find
 from qschema.strict import Strict, violation
@@ -14,14 +15,27 @@ from qschema.strict import Strict, violation
 
 def _known(algo: str) -> str:
     try:
-        find(algo)
+        declared = find(algo)
     except UnknownFormatError as error:
         raise violation("unknown-algo", str(error)) from None
+    if declared.read_only:
+        raise violation("read-only-algo", f"{algo} is read, not written: {declared.read_only}")
     return algo
 
 
-# the name of a declared format, its spelling or an alias
+# the name of a declared format that can be written, its spelling or an alias
 AlgoName: TypeAlias = Annotated[str, AfterValidator(_known)]
+
+
+# what ModelOpt 0.47.0 writes as kv_cache_quant_algo (export/quant_utils.py:438-462)
+KvCache: TypeAlias = Literal["FP8", "NVFP4", "NVFP4_AFFINE"]
+# a metric of the report, a comparison and a number; a tensor for which it holds is a failure
+FailIf: TypeAlias = Annotated[
+    str,
+    Field(
+        pattern=r"^(sqnr|relative_error|saturated) *[<>]=? *[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
+    ),
+]
 
 
 class Rule(Strict):
@@ -35,7 +49,8 @@ class Recipe(Strict):
     """An ordered list of rules and what is exempt from them. Strict: an unknown key is an error."""
 
     version: Literal[1] = 1
-    rules: list[Rule] = Field(min_length=1)
+    # none where only the KV cache is quantized
+    rules: list[Rule]
     # modules that stay as they are, beside the default ones (embeddings, lm_head, routers, ...)
     exclude: list[str] = Field(default_factory=list)
     # modules that are quantized although a default exclusion names them
@@ -44,5 +59,17 @@ class Recipe(Strict):
     leave: list[str] = Field(default_factory=list)
     # files to copy although they look like a second copy, or belong to no index
     copy_files: list[str] = Field(default_factory=list)
+    # how engines keep keys and values: FP8 or NVFP4, with scales from the statistics; none if null
+    kv_cache: KvCache | None = None
+    # a weight whose size its format can't have: an error, or kept as it is and listed
+    on_indivisible: Literal["refuse", "keep"] = "refuse"
+    # conditions under which nothing is written, such as "sqnr<20": see qconvert --help
+    fail_if: list[FailIf] = Field(default_factory=list)
     # NaN and Inf in the source: an error that names the tensor, unless allowed
     allow_nonfinite: bool = False
+
+    @model_validator(mode="after")
+    def _quantizes(self) -> "Recipe":
+        if not self.rules and self.kv_cache is None:
+            raise violation("no-rules", "expected rules, or a kv_cache; this quantizes nothing")
+        return self

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qschema.plan import SideFile, Source, Tool
+from qschema.plan import Action, SideFile, Source, Tool
 from qschema.recipe import AlgoName, Recipe
 from qschema.strict import Strict
 
@@ -22,18 +22,23 @@ class WrittenTensor(Strict):
 
 
 class TensorReport(Strict):
-    """What became of one source tensor."""
+    """What became of one source tensor, or of one matrix of a stack of experts."""
 
     source: str
+    # which rows of which expert, "[3, 0:768]"; null for a whole tensor
+    part: str | None = None
     dtype: str
     shape: list[int]
-    action: Literal["quantize", "keep"]
+    action: Action
     algo: AlgoName | None = None
     reason: str
     outputs: list[WrittenTensor]
+    # signal to quantization noise, 20 log10(||w|| / ||w - dequantized||), in dB with two decimals;
+    # null if kept, or without noise
+    sqnr: float | None = None
     # ||w - dequantized|| / ||w|| over the finite elements, six significant digits; null if kept
     relative_error: float | None = None
-    # finite elements that the largest code clips by more than rounding (|w / scale| > 464 for E4M3)
+    # finite elements that the largest code clips by more than rounding (E4M3: |w / scale| > 464)
     num_saturated: int | None = None
     # NaN and Inf in the source; above zero only if the recipe allows it; null for integer tensors
     num_nonfinite: int | None = None

@@ -26,6 +26,7 @@ REQUIRED = {
     "config": {"activation_scheme", "targets", "method", "num_experts", "name"},
     "safetensors-index": {"weight_map", "metadata"},
     "recipe": {"rules", "match", "algo"},
+    "amax": {"document", "version", "inputs", "k", "v"},
     "plan": {"tool", "source", "recipe", "units", "steps", "outputs", "reason", "offset", "rules"},
     "report": {"tool", "source", "recipe", "tensors", "outputs", "reason", "sha256", "rules"},
 }
@@ -37,7 +38,8 @@ CHOICES = {
         *("type", "strategy", "quantization_status", "expert_dtype", "actorder"),
     },
     "safetensors-index": {"w"},
-    "recipe": {"algo"},
+    "recipe": {"algo", "kv_cache", "on_indivisible"},
+    "amax": {"document"},
     "plan": {"document", "action"},
     "report": {"document", "action"},
 }

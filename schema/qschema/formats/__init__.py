@@ -1,4 +1,7 @@
-"""The formats, one module each: a module here that defines `FORMAT` is one; there is no list."""
+"""The formats, one module each: a module here that defines `FORMAT` is one; there is no list.
+
+What several declarations share stands in modules whose names begin with an underscore.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ def formats() -> Mapping[str, Format]:
     found = [
         import_module(f"{__name__}.{module.name}").FORMAT
         for module in iter_modules(__path__)
-        if module.name != "declare"
+        if module.name != "declare" and not module.name.startswith("_")
     ]
     return MappingProxyType({declared.name: declared for declared in sorted(found, key=_by_name)})
 

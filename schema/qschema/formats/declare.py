@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from qschema.dtypes import BITS, nbytes
 from qschema.strict import Strict
@@ -20,15 +20,32 @@ _DIM = re.compile(
 )
 
 
+# who must agree on a value: no other weight; the gate and up of one expert; all fused siblings
+Sharing: TypeAlias = Literal["own", "experts", "siblings"]
+# codes: the packed elements. scale: made beside them, row by row, multiplies on dequantization.
+# global: the scale of the whole weight. input: the scale of its input, from calibration.
+# smoothing: what the input is multiplied with, per column, before it is quantized.
+Role: TypeAlias = Literal["codes", "scale", "global", "input", "smoothing"]
+
+
 class TensorSpec(Strict):
-    """One tensor that a quantized Linear [N, K] owns, named: the module, a dot, `suffix`."""
+    """One tensor that a quantized Linear [N, K] owns, named: the module, a dot, `suffix`.
+
+    A `global` scale is amax / divisor in f32, of the largest finite |w|, which counts as the
+    smallest normal number of the source dtype at least; 1.0 for zeros. An `input` scale is
+    amax / divisor of the largest |x| that calibration saw, and `zero` / divisor for none but zeros.
+    """
 
     suffix: str
     dtype: str
     shape: tuple[str, ...]
-    # codes: the packed elements; scale: multiplies on dequantization, must be finite and positive
-    role: Literal["codes", "scale"]
+    role: Role
     meaning: str
+    divisor: float = 1.0
+    zero: float = 1.0
+    shared: Sharing = "own"
+    # False where some modules of a right checkpoint do without it
+    required: bool = True
 
 
 class Format(Strict):
@@ -36,7 +53,7 @@ class Format(Strict):
 
     Read by the converter (what to allocate and write), the validator (what must be there), the
     configs (what `hf_quant_config.json` and `config.json` say), docs/formats.md and the schemas.
-    The kernels live in the `qkernels` module of the same name in lower case.
+    The kernels live in the `qkernels` module named `codec` in lower case.
     """
 
     name: str
@@ -44,43 +61,69 @@ class Format(Strict):
     spelling: str
     aliases: tuple[str, ...] = ()
     title: str
+    # whose kernels encode the weight, where another format has the same bytes for it
+    kernels: str = ""
+    # codes first; then what follows the rows, then the others
     tensors: tuple[TensorSpec, ...]
-    # rows that share a scale: a weight may be cut between multiples of it and nowhere else
+    element: Literal["E4M3", "E2M1", "INT8", "INT4"]
+    # rows that share a scale or a byte: a weight may be cut between multiples of it, nowhere else
     block_rows: int = 1
     # divisors that N and K must have; 1 where any size goes (ragged blocks)
     multiple_of_n: int = 1
     multiple_of_k: int = 1
     source_dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
-    # what ||w - dequantized|| / ||w|| can't exceed when the scales come from the weight itself
+    # ||w - dequantized|| / ||w|| can't exceed this for numbers above the smallest code, when the
+    # scales come from the weight itself; below, an element is off by half the smallest step
     error_bound: float
-    # keys after kv_cache_quant_algo in hf_quant_config.json
+    # keys after kv_cache_quant_algo in hf_quant_config.json, and in each of quantized_layers
     hf_quant_fields: dict[str, int | bool] = Field(default_factory=dict)
+    # the format in compressed-tensors' words: a group of config.json's config_groups, and whether
+    # ModelOpt writes one when the whole checkpoint has this format
+    config_group: dict[str, JsonValue] = Field(default_factory=dict)
+    has_config_group: bool = False
+    # whether ModelOpt has a layout for experts stacked in one tensor [E, K, N]
+    stackable: bool = False
+    # what takes in the smoothing of a layer's input, so that no smoothing tensor is needed: the
+    # norm before it, the linear before it; where neither can, and without any, it is kept
+    folds_into: tuple[Literal["norm", "linear"], ...] = ()
+    # why it is read but never written
+    read_only: str = ""
     formula: str
     source: str
+    readers: tuple[str, ...] = ()
     departures: tuple[str, ...] = ()
 
+    @property
+    def codec(self) -> str:
+        """The name of its kernels."""
+        return self.kernels or self.name
+
+    def specs(self, *roles: Role) -> tuple[TensorSpec, ...]:
+        """Return the tensors with one of `roles`, in order."""
+        return tuple(spec for spec in self.tensors if spec.role in roles)
+
     def outputs(self, *, rows: int, columns: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return suffix -> (dtype, shape) of the tensors that a Linear [rows, columns] becomes."""
+        """Return suffix -> (dtype, shape) of what every Linear [rows, columns] becomes."""
         return MappingProxyType(
             {
                 spec.suffix: (spec.dtype, resolve(spec.shape, rows=rows, columns=columns))
                 for spec in self.tensors
+                if spec.required
             }
         )
 
     def spans(self, *, start: int, stop: int, columns: int) -> Mapping[str, tuple[int, int]]:
-        """Return suffix -> (offset, nbytes) of rows [start, stop) within each tensor.
+        """Return suffix -> (offset, nbytes) of rows [start, stop) within codes and scales.
 
-        The first dimension of every tensor follows the rows, so the rows before `start` (which cuts
-        between blocks) and those up to `stop` say where a slice lies by their sizes alone.
+        The first dimension of those tensors follows the rows, so the rows before `start` (which
+        cuts between blocks) and those up to `stop` say where a slice lies by their sizes alone.
         """
-        before = self.outputs(rows=start, columns=columns)
-        after = self.outputs(rows=stop, columns=columns)
-        offsets = {suffix: nbytes(*output) for suffix, output in before.items()}
-        return {
-            suffix: (offsets[suffix], nbytes(*output) - offsets[suffix])
-            for suffix, output in after.items()
-        }
+        found = {}
+        for spec in self.specs("codes", "scale"):
+            before = nbytes(spec.dtype, resolve(spec.shape, rows=start, columns=columns))
+            after = nbytes(spec.dtype, resolve(spec.shape, rows=stop, columns=columns))
+            found[spec.suffix] = (before, after - before)
+        return MappingProxyType(found)
 
     def bits(self, *, rows: int, columns: int) -> int:
         """Return the stored bits of a Linear [rows, columns], scales included."""

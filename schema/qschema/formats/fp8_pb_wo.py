@@ -5,9 +5,10 @@
 
 Source: ModelOpt 0.47.0 export/quant_utils.py:889-892, quantization/qtensor/fp8_tensor.py:57-111;
 read by vLLM 0.33.0 model_executor/layers/quantization/modelopt.py:2491-2528.
-Not here: fp8_pb_real (2-D scales, bf16-rounded) and DeepSeek's weight_scale_inv.
+Not here: DeepSeek's weight_scale_inv.
 """
 
+from qschema.formats._parts import E4M3_CODES
 from qschema.formats.declare import Format, TensorSpec
 
 FORMAT = Format(
@@ -16,13 +17,7 @@ FORMAT = Format(
     spelling="fp8_pb_wo",
     title="FP8 E4M3, 128x128 blocks",
     tensors=(
-        TensorSpec(
-            suffix="weight",
-            dtype="F8_E4M3",
-            shape=("N", "K"),
-            role="codes",
-            meaning="E4M3 codes",
-        ),
+        E4M3_CODES,
         TensorSpec(
             suffix="weight_scale",
             dtype="F32",
@@ -31,11 +26,13 @@ FORMAT = Format(
             meaning="scale of each 128x128 block; edge blocks are ragged",
         ),
     ),
+    element="E4M3",
     block_rows=128,
     # half a step of three mantissa bits, 2^-4, and a little for subnormal codes
     error_bound=0.0626,
     formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero block; code = e4m3(w / scale)",
     source="ModelOpt 0.47.0 export/quant_utils.py:889-892, qtensor/fp8_tensor.py:57-111",
+    readers=("vLLM 0.33 (dense layers)", "TensorRT-LLM 1.2 (documented)"),
     departures=(
         "a weight of one block keeps its 4-D scale; ModelOpt writes a 0-d scalar",
         "one-block siblings (q/k/v, gate/up) keep a scale each; ModelOpt gives them the largest",
