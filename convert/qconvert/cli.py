@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,6 +21,7 @@ from qconvert.output import check_paths
 from qconvert.pipeline import fitting_workers
 from qconvert.planner import make_plan
 from qconvert.progress import progress_bar
+from qconvert.statistics import Statistics, open_statistics
 from qconvert.summary import describe
 from qschema import __version__
 from qschema.checkpoint import open_checkpoint
@@ -27,8 +29,9 @@ from qschema.formats import UnknownFormatError, find, formats
 from qschema.plan import Plan
 from qschema.recipe import Recipe, Rule
 from qschema.recipe_file import load_recipe
-from qschema.strict import DocumentError
+from qschema.strict import DocumentError, Json
 
+_WRITABLE = [name for name, declared in formats().items() if not declared.read_only]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -53,9 +56,12 @@ def _format_name(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is None:
         return None
     try:
-        return find(value).name
+        declared = find(value)
     except UnknownFormatError as error:
         raise click.BadParameter(str(error)) from None
+    if declared.read_only:
+        raise click.BadParameter(f"{value} is read, not written: {declared.read_only}")
+    return declared.name
 
 
 def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -70,8 +76,30 @@ def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.argument("in_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--algo", callback=_format_name, help=f"One format for all: {', '.join(formats())}.")
+@click.option("--algo", callback=_format_name, help=f"One format for all: {', '.join(_WRITABLE)}.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe file, YAML or JSON.")
+@click.option(
+    "--amax",
+    type=click.Path(path_type=Path),
+    help="Calibration's statistics, JSON; for formats with a static scale of the input.",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["FP8", "NVFP4", "NVFP4_AFFINE", "none"]),
+    help="How engines keep keys and values; scales come from --amax.",
+)
+@click.option(
+    "--on-indivisible",
+    type=click.Choice(["refuse", "keep"]),
+    help="A weight whose size its format can't have: an error (default), or kept as it is.",
+)
+@click.option(
+    "--fail-if",
+    multiple=True,
+    metavar="GATE",
+    help="Write nothing if a tensor meets this: 'sqnr<20' (dB), 'relative_error>0.1', "
+    "'saturated>0.01'.",
+)
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these modules as they are.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize despite the defaults.")
 @click.option("--leave", multiple=True, metavar="PATTERN", help="Files not to copy.")
@@ -101,6 +129,10 @@ def qconvert(
     out_dir: Path,
     algo: str | None,
     recipe: Path | None,
+    amax: Path | None,
+    kv_cache: str | None,
+    on_indivisible: Literal["refuse", "keep"] | None,
+    fail_if: tuple[str, ...],
     exclude: tuple[str, ...],
     include: tuple[str, ...],
     leave: tuple[str, ...],
@@ -118,26 +150,33 @@ def qconvert(
         asked = Recipe(rules=[Rule(match="*", algo=algo)])
     elif recipe is not None and algo is None:
         asked = load_recipe(recipe)
+    elif algo is None and kv_cache not in (None, "none"):
+        asked = Recipe.parse({"rules": [], "kv_cache": kv_cache}, file="the command line")
     else:
         raise click.UsageError("give either --algo or --recipe")
-    asked = asked.model_copy(
-        update={
-            "exclude": [*asked.exclude, *exclude],
-            "include": [*asked.include, *include],
-            "leave": [*asked.leave, *leave],
-            "copy_files": [*asked.copy_files, *copy],
-            "allow_nonfinite": asked.allow_nonfinite or allow_nonfinite,
-        }
-    )
+    changes: dict[str, Json] = {
+        "exclude": [*asked.exclude, *exclude],
+        "include": [*asked.include, *include],
+        "leave": [*asked.leave, *leave],
+        "copy_files": [*asked.copy_files, *copy],
+        "fail_if": [*asked.fail_if, *fail_if],
+        "allow_nonfinite": asked.allow_nonfinite or allow_nonfinite,
+    }
+    if on_indivisible is not None:
+        changes["on_indivisible"] = on_indivisible
+    if kv_cache is not None:
+        changes["kv_cache"] = None if kv_cache == "none" else kv_cache
+    asked = Recipe.parse({**asked.model_dump(mode="json"), **changes}, file="the command line")
     check_paths(in_dir, out_dir)
     checkpoint = open_checkpoint(in_dir)
-    plan = make_plan(checkpoint, asked)
+    statistics = open_statistics(amax) if amax is not None else Statistics()
+    plan = make_plan(checkpoint, asked, statistics)
     for note in plan.notes:
         click.echo(f"note: {_printable(note)}", err=True)
     if dry_run:
         _print_plan(plan, style)
         return
-    target = resolve(device, formats=sorted({step.algo for step in plan.steps if step.algo}))
+    target = resolve(device, codecs=sorted({find(algo).codec for algo in plan.algos}))
     if target.remark:
         click.echo(f"note: {target.remark}", err=True)
     with progress_bar(quiet=quiet) as watch:
@@ -145,6 +184,7 @@ def qconvert(
             checkpoint,
             plan,
             out_dir,
+            statistics=statistics,
             device=target,
             workers=workers
             or fitting_workers(plan, wanted=target.default_workers, budget=memory_budget),

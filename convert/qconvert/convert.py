@@ -9,9 +9,12 @@ from qconvert import documents
 from qconvert.backends import Device
 from qconvert.errors import ConvertError
 from qconvert.files import disk_full
+from qconvert.gates import check_gates
 from qconvert.output import check_paths, check_space, copy_file, partial_directory, write_file
 from qconvert.pipeline import Progress, run
 from qconvert.side_files import CONFIG, QUANT_CONFIG, REPORT
+from qconvert.smoothing import Vectors
+from qconvert.statistics import Statistics
 from qschema.checkpoint import Checkpoint
 from qschema.plan import Plan
 from qschema.report import Report, TensorReport
@@ -25,6 +28,7 @@ def convert(
     plan: Plan,
     output: Path,
     *,
+    statistics: Statistics,
     device: Device,
     workers: int,
     budget: int,
@@ -32,7 +36,8 @@ def convert(
 ) -> Report:
     """Return the report of the conversion that `plan` describes, after `output` is in place.
 
-    Raises ConvertError for bad paths, bad weights and a full disk; `output` then does not exist.
+    Raises ConvertError for bad paths, bad weights, a gate that fails and a full disk; `output` then
+    does not exist.
     """
     check_paths(checkpoint.path, output)
     copied = sum(side.nbytes or 0 for side in plan.side_files if side.action == "copy")
@@ -44,11 +49,13 @@ def convert(
                 plan,
                 source=checkpoint.path,
                 output=partial,
+                vectors=Vectors(statistics),
                 device=device,
                 workers=workers,
                 budget=budget,
                 watch=watch,
             )
+            check_gates(plan.recipe.fail_if, tensors)
             report = make_report(plan, tensors)
             _write_side_files(checkpoint, plan, report, partial)
     except OSError as error:

@@ -28,9 +28,8 @@ class Files:
         self._pending = Counter(step.source.file for step in plan.steps)
         self._shards = {shard.file: shard for shard in plan.shards}
         entries: dict[str, list[Entry]] = {shard.file: [] for shard in plan.shards}
-        for step in plan.steps:
-            for span in step.outputs:
-                entries[span.file].append(Entry(span.name, span.dtype, tuple(span.shape)))
+        for span in plan.outputs():
+            entries[span.file].append(Entry(span.name, span.dtype, tuple(span.shape)))
         self._openings = {
             file: layout(found, metadata=self._shards[file].metadata)[0]
             for file, found in entries.items()

@@ -1,26 +1,45 @@
 """The plan: a pure function of headers, JSON and recipe. No weight is read, nothing is written."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from qconvert.decide import Decision, decide, is_stacked
+from qconvert.decide import Decision, Matrix, decide, is_stacked
 from qconvert.errors import ConvertError, some
 from qconvert.excludes import collapse
+from qconvert.groups import check_mixed, keep_together, sharing_key, split_groups
+from qconvert.kv_cache import kv_constants, kv_notes
 from qconvert.side_files import side_files
+from qconvert.smoothing import NOT_SMOOTHED, Smoothing, plan_smoothing, smoothing_notes
+from qconvert.statistics import Statistics, input_amaxes
 from qschema import __version__
 from qschema.architectures import (
     KNOWN,
     REFUSED,
-    fused_siblings,
+    experts_of,
     has_tied_head,
     matching,
+    model_order,
     text_config,
 )
 from qschema.checkpoint import Checkpoint
-from qschema.dtypes import QUANTIZED
-from qschema.plan import OutputShard, Plan, SideFile, Source, Span, Step, Tool, Unit
+from qschema.dtypes import QUANTIZED, nbytes
+from qschema.formats import TensorSpec
+from qschema.formats.declare import resolve
+from qschema.plan import (
+    Constant,
+    Output,
+    OutputShard,
+    Plan,
+    SideFile,
+    Source,
+    Span,
+    Step,
+    Tool,
+    Unit,
+)
 from qschema.recipe import Recipe
-from qschema.safetensors import Entry, Stored, layout
+from qschema.safetensors import Entry, layout
 
 # tensors that only a quantized checkpoint has, by the end of their names
 _QUANTIZED_SUFFIXES = (
@@ -35,27 +54,34 @@ _QUANTIZED_SUFFIXES = (
 _PACKED_SUFFIXES = ("_blocks", "_scales")
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Return the plan that converts `checkpoint` by `recipe`.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | None = None) -> Plan:
+    """Return the plan that converts `checkpoint` by `recipe`, with calibration's `statistics`.
 
     Raises ConvertError for a source that is quantized already or can't be converted, a recipe that
-    quantizes nothing, and output names that collide.
+    quantizes nothing or splits what engines fuse, statistics that lack a module, and output names
+    that collide.
     """
     _refuse(checkpoint)
+    statistics = statistics or Statistics()
     used: set[str] = set()
-    decisions = [
-        decide(tensor, recipe=recipe, config=checkpoint.config, used=used)
-        for shard in checkpoint.shards
-        for tensor in sorted(shard.tensors.values(), key=lambda tensor: tensor.offset)
-    ]
-    algos = sorted({decision.declared.name for decision in decisions if decision.declared})
-    if not algos:
+    decisions = keep_together(
+        [
+            decision
+            for shard in checkpoint.shards
+            for tensor in sorted(shard.tensors.values(), key=lambda tensor: tensor.offset)
+            for decision in decide(tensor, recipe=recipe, config=checkpoint.config, used=used)
+        ]
+    )
+    formats = {decision.declared.name for decision in decisions if decision.declared}
+    if not formats and recipe.kv_cache is None:
         raise ConvertError(f"{checkpoint.path}: the recipe quantizes none of the weights")
-    if len(algos) > 1:
-        raise ConvertError(
-            f"the recipe mixes {', '.join(algos)}; this version writes one format per checkpoint"
-        )
-    shards, placed = _place(checkpoint, decisions)
+    if len(formats) > 1:
+        check_mixed(decisions)
+    amaxes = input_amaxes(decisions, statistics)
+    smoothing = plan_smoothing(decisions, statistics, model_type=_model_type(checkpoint))
+    drafts = [_draft(decision, amaxes, smoothing) for decision in decisions]
+    constants = kv_constants(checkpoint, recipe, statistics)
+    shards, placed = _place(checkpoint, drafts, constants)
     sides = side_files(checkpoint, recipe)
     return Plan(
         tool=Tool(version=__version__),
@@ -66,11 +92,23 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             nbytes=sum(shard.file_nbytes for shard in checkpoint.shards),
         ),
         recipe=recipe,
-        exclude_modules=_exclude_modules(checkpoint, decisions),
+        vectors=statistics.sha256,
+        exclude_modules=[] if len(formats) > 1 else _exclude_modules(checkpoint, decisions),
+        quantized_layers=_quantized_layers(decisions) if len(formats) > 1 else {},
         shards=shards,
-        units=[Unit(steps=[_step(decision, placed)]) for decision in decisions],
+        units=_units(drafts, placed),
+        constants=[
+            constant.model_copy(update={"output": _at(constant.output, placed)})
+            for constant in constants
+        ],
         side_files=sides,
-        notes=[*_notes(checkpoint, decisions), *_unused(recipe, used), *_left(sides, recipe)],
+        notes=[
+            *_notes(checkpoint, decisions),
+            *kv_notes(recipe, constants),
+            *smoothing_notes(statistics, smoothing),
+            *_unused(recipe, used),
+            *_left(sides, recipe),
+        ],
     )
 
 
@@ -107,64 +145,20 @@ def _model_type(checkpoint: Checkpoint) -> str | None:
     return model_type if isinstance(model_type, str) else None
 
 
-def _entries(decision: Decision) -> list[Entry]:
-    tensor = decision.tensor
-    if decision.declared is None:
-        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
-    rows, columns = tensor.shape
-    outputs = decision.declared.outputs(rows=rows, columns=columns)
-    return [
-        Entry(f"{decision.module}.{suffix}", dtype, shape)
-        for suffix, (dtype, shape) in outputs.items()
-    ]
+@dataclass(frozen=True)
+class _Draft:
+    """A step that has no place yet: its outputs have no offsets."""
+
+    decision: Decision
+    step: Step
 
 
-def _place(
-    checkpoint: Checkpoint, decisions: list[Decision]
-) -> tuple[list[OutputShard], dict[str, Span]]:
-    """Return the output files, one per source file and named like it, and every tensor's place."""
-    by_file: dict[str, list[Entry]] = defaultdict(list)
-    owner: dict[str, str] = {}
-    for decision in decisions:
-        for entry in _entries(decision):
-            if entry.name in owner:
-                raise ConvertError(
-                    f"{decision.tensor.name} would become {entry.name}, which "
-                    f"{owner[entry.name]} is already"
-                )
-            owner[entry.name] = decision.tensor.name
-            by_file[decision.tensor.file.name].append(entry)
-    shards, placed = [], {}
-    for source in checkpoint.shards:
-        file = source.file.name
-        opening, spans = layout(by_file[file], metadata=source.metadata)
-        for entry in by_file[file]:
-            offset, nbytes = spans[entry.name]
-            placed[entry.name] = Span(
-                name=entry.name,
-                file=file,
-                dtype=entry.dtype,
-                shape=list(entry.shape),
-                offset=offset,
-                nbytes=nbytes,
-            )
-        size = len(opening) + sum(nbytes for _, nbytes in spans.values())
-        shards.append(OutputShard(file=file, nbytes=size, metadata=source.metadata))
-    return shards, placed
-
-
-def _step(decision: Decision, placed: dict[str, Span]) -> Step:
-    return Step(
-        source=_span(decision.tensor),
-        action="quantize" if decision.declared else "keep",
-        algo=decision.declared.name if decision.declared else None,
-        reason=decision.reason,
-        outputs=[placed[entry.name] for entry in _entries(decision)],
-    )
-
-
-def _span(tensor: Stored) -> Span:
-    return Span(
+def _draft(
+    decision: Decision, amaxes: Mapping[str, float], smoothing: Mapping[str, Smoothing]
+) -> _Draft:
+    tensor, matrix, declared = decision.tensor, decision.matrix, decision.declared
+    smoothed = smoothing.get(decision.module if declared else tensor.name, NOT_SMOOTHED)
+    source = Span(
         name=tensor.name,
         file=tensor.file.name,
         dtype=tensor.dtype,
@@ -172,6 +166,126 @@ def _span(tensor: Stored) -> Span:
         offset=tensor.offset,
         nbytes=tensor.nbytes,
     )
+    if declared is None or matrix is None:
+        name = tensor.name
+        if tensor.name.endswith(".weight"):
+            name = f"{decision.module}.weight"
+        step = Step(
+            source=source,
+            action="fold" if smoothed.scalings else "keep",
+            reason=smoothed.reason or decision.reason,
+            scalings=smoothed.scalings,
+            outputs=[_output(name, tensor.dtype, tensor.shape, file=source.file)],
+        )
+        return _Draft(decision, step)
+    if matrix.part is not None:
+        source = source.model_copy(
+            update={
+                "shape": [matrix.rows, matrix.columns],
+                "offset": tensor.offset + matrix.offset,
+                "nbytes": matrix.nbytes,
+            }
+        )
+    step = Step(
+        source=source,
+        part=matrix.part,
+        action="quantize",
+        algo=declared.name,
+        reason=decision.reason,
+        transposed=matrix.transposed,
+        input_amax=amaxes.get(decision.module),
+        scalings=smoothed.scalings,
+        smoothing=smoothed.written,
+        outputs=[
+            _output(
+                decision.name_of(spec.suffix),
+                spec.dtype,
+                _shape(spec, matrix),
+                file=source.file,
+                suffix=spec.suffix,
+            )
+            for spec in declared.tensors
+            if spec.required or (spec.role == "smoothing" and smoothed.written)
+        ],
+    )
+    return _Draft(decision, step)
+
+
+def _shape(spec: TensorSpec, matrix: Matrix) -> tuple[int, ...]:
+    """Return the shape of an output: of a stack, the experts and then the other way around."""
+    shape = resolve(spec.shape, rows=matrix.rows, columns=matrix.columns)
+    if not matrix.experts or spec.role not in ("codes", "scale"):
+        return shape
+    return (matrix.experts, *reversed(shape))
+
+
+def _output(
+    name: str, dtype: str, shape: tuple[int, ...], *, file: str, suffix: str = ""
+) -> Output:
+    """Return an output without a place: offset 8 is where the first tensor might be."""
+    size = nbytes(dtype, shape)
+    return Output(
+        name=name, file=file, dtype=dtype, shape=list(shape), offset=8, nbytes=size, suffix=suffix
+    )
+
+
+def _place(
+    checkpoint: Checkpoint, drafts: list[_Draft], constants: list[Constant]
+) -> tuple[list[OutputShard], dict[str, tuple[int, int]]]:
+    """Return the output files, one per source file and named like it, and every tensor's place."""
+    by_file: dict[str, list[Entry]] = defaultdict(list)
+    owner: dict[str, str] = {}
+    outputs = [(draft.decision.tensor.name, out) for draft in drafts for out in draft.step.outputs]
+    outputs += [(constant.reason, constant.output) for constant in constants]
+    for source, output in outputs:
+        if output.name in owner:
+            raise ConvertError(
+                f"{source} would become {output.name}, which {owner[output.name]} is already"
+            )
+        owner[output.name] = source
+        by_file[output.file].append(Entry(output.name, output.dtype, tuple(output.shape)))
+    shards: list[OutputShard] = []
+    placed: dict[str, tuple[int, int]] = {}
+    for shard in checkpoint.shards:
+        file = shard.file.name
+        opening, spans = layout(by_file[file], metadata=shard.metadata)
+        placed.update(spans)
+        size = len(opening) + sum(size for _, size in spans.values())
+        shards.append(OutputShard(file=file, nbytes=size, metadata=shard.metadata))
+    return shards, placed
+
+
+def _at(output: Output, placed: Mapping[str, tuple[int, int]]) -> Output:
+    offset, size = placed[output.name]
+    return output.model_copy(update={"offset": offset, "nbytes": size})
+
+
+def _units(drafts: list[_Draft], placed: Mapping[str, tuple[int, int]]) -> list[Unit]:
+    """Return the steps in the order of their first tensor, those that share a scale together."""
+    units: dict[tuple[str, ...], list[Step]] = defaultdict(list)
+    for draft in drafts:
+        outputs = [_at(output, placed) for output in draft.step.outputs]
+        step = draft.step.model_copy(update={"outputs": outputs})
+        units[_unit_key(draft)].append(step)
+    return [Unit(steps=steps) for steps in units.values()]
+
+
+def _unit_key(draft: _Draft) -> tuple[str, ...]:
+    declared, module = draft.decision.declared, draft.decision.module
+    shared = next((spec.shared for spec in declared.specs("global")), None) if declared else None
+    if declared is None or shared is None:
+        return (draft.step.outputs[0].name,)
+    return (declared.name, *sharing_key(module, shared))
+
+
+def _quantized_layers(decisions: Iterable[Decision]) -> dict[str, str]:
+    """Return module -> format as engines look it up; the experts of a layer are one entry."""
+    layers: dict[str, str] = {}
+    for decision in decisions:
+        if decision.declared:
+            expert = experts_of(decision.module)
+            layers[expert[0] if expert else decision.owner] = decision.declared.name
+    return {module: layers[module] for module in sorted(layers, key=model_order)}
 
 
 def _exclude_modules(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> list[str]:
@@ -179,7 +293,7 @@ def _exclude_modules(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> l
     kept, quantized = [], []
     for decision in decisions:
         if decision.declared:
-            quantized.append(decision.module)
+            quantized.append(decision.owner)
         elif len(decision.tensor.shape) == 2 and decision.tensor.name.endswith(".weight"):
             kept.append(decision.module)
         elif is_stacked(decision.tensor):
@@ -202,18 +316,11 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
     if checkpoint.unindexed_tensors:
         names = some(list(checkpoint.unindexed_tensors))
         notes.append(f"in a shard but not in the index, converted and indexed: {names}")
-    quantized = {decision.module for decision in decisions if decision.declared}
-    modules = {decision.module for decision in decisions}
-    split = sorted(
-        {
-            " + ".join(group)
-            for module in quantized
-            if not set(group := fused_siblings(module)) & modules <= quantized
-        }
-    )
-    if split:
+    differing, partial = split_groups(decisions)
+    if differing or partial:
         notes.append(
-            f"engines fuse these and refuse them when only some are quantized: {some(split)}"
+            "engines load these as one and refuse them when only some are quantized: "
+            f"{some([*differing, *partial])}"
         )
     return notes
 

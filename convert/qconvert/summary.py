@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from math import prod
 
 from qconvert.convert import effective_bits
 from qconvert.errors import human
 from qschema.plan import Plan, Step
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERT = re.compile(r"^\[\d+,")
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -22,10 +24,16 @@ def describe(plan: Plan) -> Iterator[str]:
         f"{effective_bits(plan, quantized_only=False):.2f} bits per weight "
         f"({effective_bits(plan, quantized_only=True):.3f} where quantized)"
     )
+    if plan.quantized_layers:
+        for algo in plan.algos:
+            of_algo = [step for step in quantized if step.algo == algo]
+            yield f"         {algo}: {len(of_algo)} tensors, {_sizes(of_algo)}, {_bits(of_algo)}"
     yield f"quantize {len(quantized)} tensors, {_sizes(quantized)}"
     yield from _lines(quantized)
     yield f"keep     {len(kept)} tensors, {human(sum(step.source.nbytes for step in kept))}"
     yield from _lines(kept)
+    for constant in plan.constants:
+        yield f"add      {constant.output.name}: {constant.reason}"
     yield f"exclude  {', '.join(plan.exclude_modules) or 'nothing'}"
     for action in ("write", "copy", "leave"):
         files = [side for side in plan.side_files if side.action == action]
@@ -41,14 +49,20 @@ def _sizes(steps: list[Step]) -> str:
     return f"{human(before)} -> {human(after)}"
 
 
+def _bits(steps: list[Step]) -> str:
+    stored = sum(span.nbytes for step in steps for span in step.outputs)
+    return f"{8 * stored / sum(prod(step.source.shape) for step in steps):.3f} bits per weight"
+
+
 def _lines(steps: list[Step]) -> Iterator[str]:
     def likeness(step: Step) -> tuple[str, str, str]:
-        return _NUMBER.sub("*", step.source.name), _becomes(step), step.reason
+        name = _NUMBER.sub("*", step.source.name) + _EXPERT.sub("[*,", step.part or "")
+        return name, _becomes(step), _NUMBER.sub("*", step.reason)
 
     for (name, becomes, reason), group in groupby(sorted(steps, key=likeness), key=likeness):
         same = list(group)
         count = f" x{len(same)}" if len(same) > 1 else ""
-        shown = name if len(same) > 1 else same[0].source.name
+        shown = name if len(same) > 1 else same[0].source.name + (same[0].part or "")
         yield f"  {shown}{count}: {becomes} ({reason})"
 
 
@@ -56,6 +70,8 @@ def _becomes(step: Step) -> str:
     source = f"{step.source.dtype} {step.source.shape}"
     if not step.algo:
         return source
-    module = step.source.name.removesuffix("weight")
-    parts = [f"{span.name.removeprefix(module)} {span.dtype} {span.shape}" for span in step.outputs]
-    return f"{source} -> {step.algo}: {', '.join(parts)}"
+    parts = ", ".join(f"{span.suffix} {span.dtype} {span.shape}" for span in step.outputs)
+    codes = step.outputs[0]
+    # an expert's matrix gets a name that is not its source's
+    module = _NUMBER.sub("*", codes.name).removesuffix(f".{codes.suffix}") if step.part else ""
+    return f"{source} -> {step.algo}{module and ' ' + module}: {parts}"

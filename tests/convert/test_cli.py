@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -137,26 +138,29 @@ def test_a_recipe_file_does_what_the_options_do(llama: Path, tmp_path: Path) -> 
     ]
 
 
-def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, make: Make) -> None:
-    source = make({"model.layers.0.mlp.up_proj.weight": W})
-    # 2 GiB of zeros that take no disk
-    rows, columns = 1 << 15, 1 << 15
-    nbytes = rows * columns * 2
-    header = json.dumps(
-        {
-            "model.layers.0.mlp.up_proj.weight": {
-                "dtype": "BF16",
-                "shape": [rows, columns],
-                "data_offsets": [0, nbytes],
-            }
-        }
-    ).encode()
+@pytest.mark.parametrize(
+    ("name", "shape", "algo"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", [1 << 15, 1 << 15], "FP8_PB_WO"),
+        # read twice, cut within an expert and transposed
+        ("model.layers.0.feed_forward.experts.down_proj", [3, 1 << 15, 1 << 12], "W4A16_NVFP4"),
+    ],
+)
+def test_memory_does_not_grow_with_the_tensor(
+    tmp_path: Path, make: Make, name: str, shape: list[int], algo: str
+) -> None:
+    config = {"model_type": "llama4_text", "hidden_size": 1 << 12}
+    source = make({name: W}, config=config)
+    # 2 GiB or 768 MiB of zeros that take no disk
+    nbytes = 2 * prod(shape)
+    info = {"dtype": "BF16", "shape": shape, "data_offsets": [0, nbytes]}
+    header = json.dumps({name: info}).encode()
     with open(source / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + nbytes)
     code = (
         "from pathlib import Path; from qconvert.cli import qconvert; "
-        f"qconvert([{str(source)!r}, {str(tmp_path / 'out')!r}, '--algo', 'FP8_PB_WO', '-q', "
+        f"qconvert([{str(source)!r}, {str(tmp_path / 'out')!r}, '--algo', {algo!r}, '-q', "
         "'--device', 'cpu', '--memory-budget', '64MiB'], standalone_mode=False); "
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
@@ -228,7 +232,9 @@ def test_a_bad_command_is_one_clear_error(
     [
         ("rules: [{match: '*', algo: FP8_PB_WO}]\nexcludes: []", "$.excludes: extra-forbidden"),
         ("rules: [{match: '*', algo: FP8_PBWO}]", "$.rules[0].algo: unknown-algo"),
-        ("rules: []", "$.rules: too-short"),
+        ("rules: []", "$: no-rules"),
+        ("rules: [{match: '', algo: FP8_PB_WO}]", "$.rules[0].match: string-too-short"),
+        ("rules: [{match: '*', algo: FP8_PB_REAL}]", "$.rules[0].algo: read-only-algo"),
         ("rules: [{match: '*', algo: FP8_PB_WO}]\nrules: []", "$: yaml-syntax: "),
         ("rules: [", "$: yaml-syntax: "),
         ("- 1", "$: "),

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from qconvert.backends import count_gpus, resolve
-from qconvert.convert import convert
-from qconvert.planner import make_plan
-from qschema.checkpoint import open_checkpoint
-from qschema.formats import formats
-from qschema.recipe import Recipe, Rule
+from qschema.formats import find
 
-from .test_pipeline import CHECKPOINTS, MODELS, Make, digests
+from .conversion import CHECKPOINTS, WRITABLE, Make, digests
+from .conversion import run as convert
+from .test_formats import CASES
+from .test_stacks import transposed_stacks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,20 +20,11 @@ pytestmark = [
 
 
 def run(source: Path, out: Path, *, algo: str, device: str, workers: int, budget: int) -> None:
-    checkpoint = open_checkpoint(source)
-    convert(
-        checkpoint,
-        make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo=algo)])),
-        out,
-        device=resolve(device, formats=[algo]),
-        workers=workers,
-        budget=budget,
-        watch=lambda progress: None,
-    )
+    found = resolve(device, codecs=[find(algo).codec])
+    convert(source, out, algo=algo, device=found, workers=workers, budget=budget)
 
 
-@pytest.mark.parametrize("algo", list(formats()))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "algo"), CASES)
 def test_cuda_and_cpu_give_the_same_directory(tmp_path: Path, model: str, algo: str) -> None:
     source = CHECKPOINTS / model
     run(source, tmp_path / "cpu", algo=algo, device="cpu", workers=2, budget=64 << 20)
@@ -44,13 +34,13 @@ def test_cuda_and_cpu_give_the_same_directory(tmp_path: Path, model: str, algo: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("algo", list(formats()))
+@pytest.mark.parametrize("algo", WRITABLE)
 def test_large_weights_cut_differently_give_the_same_directory(
     tmp_path: Path, make: Make, algo: str, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(7)
     weights = {
-        f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(3000, 2900, generator=generator).to(
+        f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(3000, 2944, generator=generator).to(
             dtype
         )
         for layer in range(4)
@@ -58,5 +48,14 @@ def test_large_weights_cut_differently_give_the_same_directory(
     source = make(weights)
     run(source, tmp_path / "cpu", algo=algo, device="cpu", workers=3, budget=16 << 20)
     run(source, tmp_path / "cuda", algo=algo, device="cuda", workers=4, budget=256 << 20)
+
+    assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("algo", [name for name in WRITABLE if find(name).stackable])
+def test_transposed_stacks_give_the_same_directory(tmp_path: Path, make: Make, algo: str) -> None:
+    source = make(transposed_stacks(), config={"model_type": "llama4_text", "hidden_size": 128})
+    run(source, tmp_path / "cpu", algo=algo, device="cpu", workers=2, budget=64 << 20)
+    run(source, tmp_path / "cuda", algo=algo, device="cuda", workers=4, budget=1 << 20)
 
     assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")

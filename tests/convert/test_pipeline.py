@@ -1,166 +1,37 @@
-"""The bytes of a conversion: right, and the same whatever the budget, workers or backend."""
+"""What a conversion does with damage, odd tensors, a full disk: an error or the right bytes."""
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qconvert import backends
 from qconvert.backends import resolve
 from qconvert.convert import convert
 from qconvert.errors import ConvertError
-from qconvert.pipeline import fitting_workers
+from qconvert.pipeline import Progress, fitting_workers
 from qconvert.planner import make_plan
-from qkernels import kernels_for
+from qconvert.statistics import Statistics
 from qschema.checkpoint import open_checkpoint
-from qschema.formats import find, formats
-from qschema.recipe import Recipe, Rule
-from qschema.report import Report
+from qschema.formats import find
 
-CHECKPOINTS = Path(__file__).parents[2] / "fixtures" / "checkpoints"
-MODELS = ("llama", "qwen3", "mixtral", "llama_odd", "llama_adv")
-Make = Callable[..., Path]
+from .conversion import CHECKPOINTS, WRITABLE, Make, digests, made_up, recipe, run, tensors, wide
 
 
-def run(
-    source: Path,
-    output: Path,
-    *,
-    algo: str = "FP8_PB_WO",
-    workers: int = 2,
-    budget: int = 64 << 20,
-    allow_nonfinite: bool = False,
-) -> Report:
-    checkpoint = open_checkpoint(source)
-    recipe = Recipe(rules=[Rule(match="*", algo=algo)], allow_nonfinite=allow_nonfinite)
-    return convert(
-        checkpoint,
-        make_plan(checkpoint, recipe),
-        output,
-        device=resolve("cpu", formats=[find(algo).name]),
-        workers=workers,
-        budget=budget,
-        watch=lambda progress: None,
-    )
-
-
-def digests(path: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())
-    }
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def wide(rows: int = 1000, columns: int = 700) -> dict[str, torch.Tensor]:
-    """Return a checkpoint whose weight takes several slices under a small budget."""
-    generator = torch.Generator().manual_seed(5)
-    weight = torch.randn(rows, columns, generator=generator)
-    return {"model.layers.0.mlp.up_proj.weight": weight, "model.norm.weight": torch.ones(columns)}
-
-
-@pytest.mark.parametrize("algo", list(formats()))
-@pytest.mark.parametrize("model", MODELS)
-def test_bytes_do_not_depend_on_budget_or_workers(tmp_path: Path, model: str, algo: str) -> None:
-    source = CHECKPOINTS / model
-    run(source, tmp_path / "a", algo=algo, workers=1, budget=4 << 30)
-    run(source, tmp_path / "b", algo=algo, workers=2, budget=64 << 20)
-    # small enough to cut the larger weights into slices
-    run(source, tmp_path / "c", algo=algo, workers=3, budget=3 * 280_000)
-
-    assert digests(tmp_path / "a") == digests(tmp_path / "b") == digests(tmp_path / "c")
-
-
-@pytest.mark.parametrize("algo", list(formats()))
-def test_bytes_do_not_depend_on_the_backend(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch, algo: str
-) -> None:
-    source = make(wide())
-    assert resolve("cpu", formats=[algo]).name == "cpu (native)"
-    run(source, tmp_path / "native", algo=algo, budget=2 << 20)
-    monkeypatch.setenv("QKERNELS_NATIVE", "0")
-    assert resolve("cpu", formats=[algo]).name == "cpu (torch)"
-    run(source, tmp_path / "torch", algo=algo, budget=4 << 20)
-
-    assert digests(tmp_path / "native") == digests(tmp_path / "torch")
-
-
-@pytest.mark.parametrize("algo", list(formats()))
-@pytest.mark.parametrize("model", MODELS)
-def test_weights_equal_the_reference_and_the_rest_is_untouched(
-    tmp_path: Path, model: str, algo: str
-) -> None:
-    run(CHECKPOINTS / model, tmp_path / "out", algo=algo)
-
-    before, after = tensors(CHECKPOINTS / model), tensors(tmp_path / "out")
-    report = Report.parse(
-        json.loads((tmp_path / "out" / "qconvert_report.json").read_text()), file="report"
-    )
-    for entry in report.tensors:
-        if entry.algo is None:
-            expected = {entry.source: before[entry.source]}
-        else:
-            reference = kernels_for(entry.algo).quantize_torch(before[entry.source])
-            module = entry.source.removesuffix("weight")
-            expected = {module + suffix: tensor for suffix, tensor in reference.items()}
-        assert [written.name for written in entry.outputs] == list(expected)
-        for written in entry.outputs:
-            data = after[written.name].reshape(-1).view(torch.uint8)
-            assert torch.equal(data, expected[written.name].reshape(-1).view(torch.uint8))
-            assert list(after[written.name].shape) == list(expected[written.name].shape)
-            assert written.sha256 == hashlib.sha256(bytes(data.tolist())).hexdigest()
-    assert sorted(after) == sorted(out.name for entry in report.tensors for out in entry.outputs)
-
-
-@pytest.mark.parametrize("algo", list(formats()))
-def test_the_reported_error_is_that_of_the_dequantized_weight(
-    tmp_path: Path, make: Make, algo: str
-) -> None:
-    source = make(wide())
-
-    report = run(source, tmp_path / "out", algo=algo)
-
-    weight = wide()["model.layers.0.mlp.up_proj.weight"]
-    after = tensors(tmp_path / "out")
-    kernels = kernels_for(algo)
-    restored = kernels.dequantize_torch(
-        {suffix: after[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in find_suffixes(algo)},
-        dtype=torch.float32,
-    )
-    expected = (restored.double() - weight.double()).norm() / weight.double().norm()
-    (entry,) = (entry for entry in report.tensors if entry.algo)
-    assert entry.relative_error is not None
-    assert math.isclose(entry.relative_error, expected.item(), rel_tol=1e-5)
-    # e4m3 keeps 4 significant bits: at most half of 2^-3, on average far less
-    assert 0.01 < entry.relative_error < 0.04
-    assert (entry.num_saturated, entry.num_nonfinite) == (0, 0)
-
-
-def find_suffixes(algo: str) -> list[str]:
-    return [spec.suffix for spec in find(algo).tensors]
-
-
+@pytest.mark.parametrize("algo", WRITABLE)
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
 def test_nan_and_inf_are_an_error_that_counts_them_all(
-    tmp_path: Path, make: Make, name: str
+    tmp_path: Path, make: Make, name: str, algo: str
 ) -> None:
-    damaged = wide()
+    """Across slices, and in formats that read a weight twice: once each."""
+    damaged = wide(columns=768)
     damaged[name].view(-1)[[0, 3, 650]] = torch.tensor([math.nan, math.inf, -math.inf])
     source = make(damaged)
 
     with pytest.raises(ConvertError, match=rf"::{name}: 3 of \d+ elements are NaN or Inf"):
-        run(source, tmp_path / "out", budget=2 << 20)
+        run(source, tmp_path / "out", algo=algo, budget=2 << 20)
 
     assert not list(tmp_path.glob("out*"))
 
@@ -214,9 +85,10 @@ def test_a_source_that_shrinks_after_its_header_was_read_is_refused(
     with pytest.raises(ConvertError, match=r"has 100000 bytes, its header described at least"):
         convert(
             checkpoint,
-            make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo="FP8_PB_WO")])),
+            make_plan(checkpoint, recipe()),
             tmp_path / "out",
-            device=resolve("cpu", formats=["FP8_PB_WO"]),
+            statistics=Statistics(),
+            device=resolve("cpu", codecs=["FP8_PB_WO"]),
             workers=2,
             budget=2 << 20,
             watch=lambda progress: None,
@@ -279,7 +151,7 @@ def test_a_machine_without_kernels_of_any_kind_is_told_what_to_install(
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
 
     with pytest.raises(ConvertError, match=r"pip install 'qconvert\[convert\]'"):
-        resolve("cpu", formats=["FP8_PB_WO"])
+        resolve("cpu", codecs=["FP8_PB_WO"])
 
 
 def test_a_mask_of_infinities_is_kept_and_counted(tmp_path: Path, make: Make) -> None:
@@ -293,7 +165,7 @@ def test_the_default_workers_fit_the_budget(make: Make) -> None:
     """A wide weight on a machine with many cores: fewer workers, not an error."""
     weight = torch.zeros(128, 53248, dtype=torch.bfloat16)
     checkpoint = open_checkpoint(make({"model.layers.0.mlp.down_proj.weight": weight}))
-    plan = make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo="FP8_PB_WO")]))
+    plan = make_plan(checkpoint, recipe())
 
     # 19.5 MiB for one block of rows
     assert fitting_workers(plan, wanted=192, budget=1 << 30) == 52
@@ -316,3 +188,27 @@ def test_what_a_killed_run_left_does_not_count_as_used_space(
     run(source, tmp_path / "out")
 
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("algo", ["FP8_PB_WO", "FP8", "NVFP4", "W4A8_AWQ"])
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_progress_ends_at_its_total(tmp_path: Path, model: str, algo: str) -> None:
+    """Formats that read a weight twice count it twice."""
+    checkpoint = open_checkpoint(CHECKPOINTS / model)
+    statistics = made_up(checkpoint, tmp_path)
+    seen: list[Progress] = []
+
+    convert(
+        checkpoint,
+        make_plan(checkpoint, recipe(algo=algo), statistics),
+        tmp_path / "out",
+        statistics=statistics,
+        device=resolve("cpu", codecs=[find(algo).codec]),
+        workers=2,
+        budget=1 << 20,
+        watch=seen.append,
+    )
+
+    assert sum(seen[-1].done) == seen[-1].total
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert (seen[-1].total > nbytes) == bool(find(algo).specs("global"))

@@ -169,7 +169,11 @@ def test_include_overrides_a_default_exclusion(make: Make) -> None:
 def test_a_split_fused_group_is_noted(llama: Path) -> None:
     (note,) = plan(llama, exclude=["model.layers.0.self_attn.k_proj"]).notes
 
-    assert "layers.0.self_attn.q_proj + model.layers.0.self_attn.k_proj" in note
+    assert note == (
+        "engines load these as one and refuse them when only some are quantized: "
+        "model.layers.0.self_attn.k_proj kept + model.layers.0.self_attn.q_proj FP8_PB_WO + "
+        "model.layers.0.self_attn.v_proj FP8_PB_WO"
+    )
 
 
 def test_a_tied_head_is_excluded_although_no_tensor_has_its_name() -> None:
@@ -236,15 +240,19 @@ def test_a_recipe_that_quantizes_nothing_is_refused(make: Make) -> None:
         plan(make({"lm_head.weight": W}))
 
 
-def test_two_formats_in_one_checkpoint_are_refused(make: Make) -> None:
+def test_two_formats_in_one_checkpoint_are_mixed_precision(make: Make) -> None:
     path = make({"a.q_proj.weight": W, "b.q_proj.weight": W.clone()})
     rules = [
         Rule(match="a.*", algo="FP8_PB_WO"),
         Rule(match="*", algo="FP8_PER_CHANNEL_PER_TOKEN"),
     ]
 
-    with pytest.raises(ConvertError, match="mixes FP8_PB_WO, FP8_PER_CHANNEL_PER_TOKEN"):
-        make_plan(open_checkpoint(path), Recipe(rules=rules))
+    found = make_plan(open_checkpoint(path), Recipe(rules=rules))
+
+    layers = {"a.q_proj": "FP8_PB_WO", "b.q_proj": "FP8_PER_CHANNEL_PER_TOKEN"}
+    assert found.quantized_layers == layers
+    assert fates(found) == {f"{module}.weight": algo for module, algo in layers.items()}
+    assert found.exclude_modules == []
 
 
 def test_the_first_matching_rule_decides(make: Make) -> None:

@@ -19,8 +19,11 @@ from qschema.formats import Format
 class Task:
     """A slice of rows to encode, in memory that the backend allocated. Sizes in bytes match shapes.
 
-    `source` holds [rows, columns] of `dtype`; `outputs` are in the order of the declaration;
-    `err2` and `ref2` receive one f64 per row: sum((w - dequantized)^2) and sum(w^2).
+    `source` holds [rows, columns] of `dtype`, or [columns, rows] if `transposed`; `outputs` are
+    codes and scales in the order of the declaration, transposed as the source is, and then
+    `scratch` has room for source and outputs again. `global_scale` is that of the whole weight,
+    where the format has one. `err2` and `ref2` receive one f64 per row: sum((w - dequantized)^2)
+    and sum(w^2).
     """
 
     declared: Format
@@ -31,6 +34,9 @@ class Task:
     outputs: tuple[memoryview, ...]
     err2: memoryview
     ref2: memoryview
+    global_scale: float = 1.0
+    transposed: bool = False
+    scratch: tuple[memoryview, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Backend(Protocol):
     def quantize(self, task: Task) -> Counts:
         """Encode `task` into its outputs and statistics."""
 
+    def amax(self, source: memoryview, *, dtype: str) -> float:
+        """Return the largest finite magnitude in memory of F32, F16 or BF16; 0.0 of nothing."""
+
     def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
         """Return how many elements are NaN or Inf, of a dtype that has them (F32, F16, BF16)."""
 
@@ -72,16 +81,16 @@ def address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
 
 
-def resolve(device: str, *, formats: list[str]) -> Device:
+def resolve(device: str, *, codecs: list[str]) -> Device:
     """Return the device that `device` ("auto", "cpu", "cuda", "cuda:N") names on this machine.
 
-    "auto" takes the native CPU kernels where they were built and know every format of `formats`:
+    "auto" takes the native CPU kernels where they were built and know every codec of `codecs`:
     reads, digests and writes are the host's work in any case, and the weights need not cross PCIe
     (benchmarks/convert_gpu.csv). Else a GPU, else torch on the CPU. Raises ConvertError for what is
     not here.
     """
     kind, _, ordinal = device.partition(":")
-    if kind != "cuda" and all(supports(name) for name in formats):
+    if kind != "cuda" and all(supports(name) for name in codecs):
         from qconvert.backends.native import NativeBackend
 
         return Device("cpu (native)", _num_cores(), NativeBackend)

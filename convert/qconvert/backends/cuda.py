@@ -7,7 +7,7 @@ the other workers, with their reads, hashes and writes.
 import torch
 
 from qconvert.backends import Counts, Task
-from qconvert.backends.torch_cpu import count_nonfinite, source_tensor, store
+from qconvert.backends.torch_cpu import amax, count_nonfinite, source_tensor, store
 from qconvert.errors import ConvertError
 from qkernels import kernels_for
 
@@ -39,13 +39,20 @@ class CudaBackend:
 
     def quantize(self, task: Task) -> Counts:
         """Encode on the device; returns when the outputs are in host memory."""
-        kernels = kernels_for(task.declared.name)
+        kernels = kernels_for(task.declared.codec)
         with torch.cuda.stream(self._stream):
             weight = source_tensor(task).to(self._device, non_blocking=True)
-            tensors = kernels.quantize_triton(weight)
+            if task.transposed:
+                weight = weight.T.contiguous()
+            scale = None
+            if kernels.global_scale is not None:
+                scale = torch.full((), task.global_scale, dtype=torch.float32, device=self._device)
+            tensors = kernels.quantize_triton(weight, global_scale=scale)
             stats = kernels.row_stats(weight, tensors)
-            for spec, output in zip(task.declared.tensors, task.outputs, strict=True):
-                store(output, tensors[spec.suffix])
+            specs = task.declared.specs("codes", "scale")
+            for spec, output in zip(specs, task.outputs, strict=True):
+                tensor = tensors[spec.suffix]
+                store(output, tensor.T if task.transposed else tensor)
             store(task.err2, stats.err2_N)
             store(task.ref2, stats.ref2_N)
             counts = torch.stack([stats.num_nonfinite, stats.num_saturated])
@@ -53,6 +60,10 @@ class CudaBackend:
         self._stream.synchronize()
         num_nonfinite, num_saturated = self._counts.tolist()
         return Counts(num_nonfinite, num_saturated)
+
+    def amax(self, source: memoryview, *, dtype: str) -> float:
+        """Return the largest finite magnitude; on the host, where it is already."""
+        return amax(source, dtype=dtype)
 
     def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
         """Return how many elements are NaN or Inf; on the host, where they are already."""

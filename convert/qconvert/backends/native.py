@@ -19,23 +19,51 @@ class NativeBackend:
 
     def quantize(self, task: Task) -> Counts:
         """Encode on the CPU."""
+        source, outputs = task.source, task.outputs
+        if task.transposed:
+            source, *others = task.scratch
+            outputs = tuple(others)
+            itemsize = BITS[task.dtype] // 8
+            # stored [columns, rows]
+            native.transpose(
+                address(task.source), address(source), itemsize, task.columns, task.rows
+            )
         counts = native.quantize(
-            task.declared.name,
-            address(task.source),
+            task.declared.codec,
+            address(source),
             task.dtype,
             task.rows,
             task.columns,
-            [address(output) for output in task.outputs],
+            [address(output) for output in outputs],
             address(task.err2),
             address(task.ref2),
+            global_scale=task.global_scale,
         )
+        if task.transposed:
+            for output, target in zip(outputs, task.outputs, strict=True):
+                # every code and scale of a stackable format is a byte
+                width = len(output) // task.rows
+                native.transpose(address(output), address(target), 1, task.rows, width)
         return Counts(counts.num_nonfinite, counts.num_saturated)
+
+    def amax(self, source: memoryview, *, dtype: str) -> float:
+        """Return the largest finite magnitude."""
+        return amax(source, dtype=dtype)
 
     def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
         """Return how many elements are NaN or Inf."""
         return count_nonfinite(source, dtype=dtype)
 
 
+def amax(source: memoryview, *, dtype: str) -> float:
+    """Return the largest finite magnitude in `source`, memory of F32, F16 or BF16."""
+    return native.amax(address(source), dtype, _numel(source, dtype))[0]
+
+
 def count_nonfinite(source: memoryview, *, dtype: str) -> int:
     """Return how many elements of `source`, memory of F32, F16 or BF16, are NaN or Inf."""
-    return native.count_nonfinite(address(source), dtype, len(source) * 8 // BITS[dtype])
+    return native.count_nonfinite(address(source), dtype, _numel(source, dtype))
+
+
+def _numel(source: memoryview, dtype: str) -> int:
+    return len(source) * 8 // BITS[dtype]

@@ -28,15 +28,25 @@ class TorchBackend:
 
     def quantize(self, task: Task) -> Counts:
         """Encode with the format's reference."""
-        kernels = kernels_for(task.declared.name)
+        kernels = kernels_for(task.declared.codec)
         weight = source_tensor(task)
-        tensors = kernels.quantize_torch(weight)
+        if task.transposed:
+            weight = weight.T
+        scale = None
+        if kernels.global_scale is not None:
+            scale = torch.tensor(task.global_scale, dtype=torch.float32)
+        tensors = kernels.quantize_torch(weight, global_scale=scale)
         stats = kernels.row_stats(weight, tensors)
-        for spec, output in zip(task.declared.tensors, task.outputs, strict=True):
-            store(output, tensors[spec.suffix])
+        for spec, output in zip(task.declared.specs("codes", "scale"), task.outputs, strict=True):
+            tensor = tensors[spec.suffix]
+            store(output, tensor.T if task.transposed else tensor)
         store(task.err2, stats.err2_N)
         store(task.ref2, stats.ref2_N)
         return Counts(int(stats.num_nonfinite), int(stats.num_saturated))
+
+    def amax(self, source: memoryview, *, dtype: str) -> float:
+        """Return the largest finite magnitude."""
+        return amax(source, dtype=dtype)
 
     def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
         """Return how many elements are NaN or Inf."""
@@ -44,14 +54,25 @@ class TorchBackend:
 
 
 def source_tensor(task: Task) -> torch.Tensor:
-    """Return the source of `task` as a tensor [rows, columns] on the same memory."""
-    return torch.frombuffer(task.source, dtype=DTYPES[task.dtype]).view(task.rows, task.columns)
+    """Return the source of `task` as a tensor on the same memory: [rows, columns] as stored."""
+    shape = (task.columns, task.rows) if task.transposed else (task.rows, task.columns)
+    return torch.frombuffer(task.source, dtype=DTYPES[task.dtype]).view(shape)
 
 
 def store(target: memoryview, tensor: torch.Tensor) -> None:
     """Copy the bytes of `tensor`, on any device, to host memory; asynchronous if it can be."""
     data = tensor.contiguous().view(-1).view(torch.uint8)
     torch.frombuffer(target, dtype=torch.uint8).copy_(data, non_blocking=True)
+
+
+def amax(source: memoryview, *, dtype: str) -> float:
+    """Return the largest finite magnitude of host memory."""
+    if native.available():
+        from qconvert.backends.native import amax as largest
+
+        return largest(source, dtype=dtype)
+    weight = torch.frombuffer(source, dtype=DTYPES[dtype])
+    return float(weight.abs().where(weight.isfinite(), 0.0).amax())
 
 
 def count_nonfinite(source: memoryview, *, dtype: str) -> int:
