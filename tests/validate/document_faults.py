@@ -102,8 +102,9 @@ def all_excluded_and_nothing_quantized(draft: Draft) -> None:
 
 @fault("unknown-algo", "$.quantization_config.quant_algo")
 def algorithm_of_another_tool(draft: Draft) -> None:
-    draft.quantization["quant_algo"] = "W8A16"
-    draft.hf_quant_config["quantization"]["quant_algo"] = "W8A16"
+    for config in draft.each_config():
+        config["quant_algo"] = "NVFP4_SVD"
+        config["group_size"] = 16
 
 
 @fault("stray-safetensors", "", model="qwen3")

@@ -6,11 +6,12 @@ from array import array
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import write_safetensors
 
 from qschema.safetensors import Stored, read_header
 from qvalidate import scales
-from qvalidate.scales import scale_stats
+from qvalidate.scales import E4M3, E8M0, scalar, scale_stats
 
 VALUES = [0.5, -2.0, 0.0, 3.0, math.inf, math.nan]
 
@@ -66,8 +67,48 @@ def test_infinities_of_both_signs_are_not_one_nan(tmp_path: Path) -> None:
     assert (stats.num_nan, stats.num_inf, stats.minimum) == (0, 2, 1.0)
 
 
+def test_every_e4m3_scale_is_what_torch_makes_of_it(tmp_path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).double()
+    stats = scale_stats(store(tmp_path, "F8_E4M3", bytes(codes), 256))
+
+    assert torch.equal(torch.tensor(E4M3).double().nan_to_num(), expected.nan_to_num())
+    assert stats is not None
+    assert (stats.count, stats.num_nan, stats.num_inf) == (256, 2, 0)
+    assert (stats.num_zero, stats.num_negative, stats.num_denormal) == (2, 126, 0)
+    assert (stats.minimum, stats.maximum) == (-448.0, 448.0)
+
+
+def test_every_e8m0_scale_is_a_power_of_two(tmp_path: Path) -> None:
+    """2^-127 is no denormal where scales are exponents; 255 is NaN."""
+    stats = scale_stats(store(tmp_path, "U8", bytes(range(256)), 256))
+
+    assert E8M0[127] == 1.0
+    assert stats is not None
+    assert (stats.count, stats.num_nan, stats.num_zero) == (256, 1, 0)
+    assert (stats.num_negative, stats.num_denormal) == (0, 0)
+    assert (stats.minimum, stats.maximum) == (2.0**-127, 2.0**127)
+
+
+def test_pieces_of_bytes_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scales, "_PIECE_NBYTES", 7)
+    stats = scale_stats(store(tmp_path, "F8_E4M3", bytes([0, 0x38, 0x7F, 0xB8, 0x40] * 20), 100))
+
+    assert stats is not None
+    assert (stats.count, stats.num_nan, stats.num_zero, stats.num_negative) == (100, 20, 20, 20)
+    assert (stats.minimum, stats.maximum) == (-1.0, 2.0)
+
+
 def test_codes_are_not_read(tmp_path: Path) -> None:
-    assert scale_stats(store(tmp_path, "F8_E4M3", b"ab", 2)) is None
+    assert scale_stats(store(tmp_path, "I8", b"ab", 2)) is None
+    assert scale_stats(store(tmp_path, "U8", b"ab", 2), role="input") is None
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_scalar_is_the_one_number(dtype: str, tmp_path: Path) -> None:
+    assert scalar(store(tmp_path, dtype, encode(dtype, [0.5]), 1)) == 0.5
+    (tmp_path / "two").mkdir()
+    assert scalar(store(tmp_path / "two", dtype, encode(dtype, [0.5, 1.0]), 2)) is None
 
 
 def test_empty_tensor_has_no_extremes(tmp_path: Path) -> None:

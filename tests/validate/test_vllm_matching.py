@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
-from qvalidate.rules.vllm_matching import layer_name, layers, match
+from qvalidate.rules.vllm_matching import layer_name, layers, listed_entry, match
 from qvalidate.rules.vllm_support import FUSED_NAMES
 
 LAYERS = [
@@ -83,12 +83,81 @@ def test_matching_is_vllms_own() -> None:
         assert match(layer, tuple(patterns)).state == own(layer, patterns), (layer, patterns)
 
 
-def _vllms_own():  # type: ignore[no-untyped-def]
-    """Return vLLM's matching, cut out of its source so that nothing of it is imported."""
+@pytest.mark.parametrize(
+    ("layer", "listed", "expected"),
+    [
+        ("a.o_proj", ["a.o_proj"], "a.o_proj"),
+        ("a.qkv_proj", ["a.v_proj"], "a.v_proj"),
+        ("a.o_proj", ["a.q_proj"], None),
+        ("a.experts", ["a.experts.3.w1"], "a.experts.3.w1"),
+        ("a.experts", ["a.shared_expert.up_proj"], "a.shared_expert.up_proj"),
+        ("model.lm_head", ["lm_head"], "lm_head"),
+        ("language_model.model.x", ["model.language_model.x"], "model.language_model.x"),
+    ],
+)
+def test_entries_of_a_mixed_list(layer: str, listed: list[str], expected: str | None) -> None:
+    assert listed_entry(layer, dict.fromkeys(listed, "FP8")) == expected
+
+
+@pytest.mark.engine_vllm
+@pytest.mark.skipif(
+    "QVALIDATE_VLLM_PYTHON" not in os.environ, reason="QVALIDATE_VLLM_PYTHON is not set"
+)
+def test_entries_are_vllms_own() -> None:
+    """20000 random lists: the same algorithm as the function in the installed vLLM's source."""
+    resolve = _vllms_resolve()
+    generator = random.Random(2)
+    names = [*LAYERS, *(pattern for pattern in PATTERNS if "." in pattern and "*" not in pattern)]
+    for _ in range(20_000):
+        chosen = generator.sample(names, generator.randint(0, 4))
+        listed = {name: generator.choice(["FP8", "NVFP4"]) for name in chosen}
+        layer = generator.choice(LAYERS)
+        expected = resolve(layer, listed)
+        entry = listed_entry(layer, listed)
+
+        if expected != "refused":
+            assert (listed[entry] if entry else None) == expected, (layer, listed)
+
+
+def _vllms_resolve():  # type: ignore[no-untyped-def]
+    """Return vLLM's lookup in a mixed list, cut out of its source."""
+    tree = ast.parse((_vllms_folder() / "modelopt.py").read_text())
+    names: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in (
+            "_resolve_quant_algo",
+            "_quantized_layer_prefix_candidates",
+        ):
+            node.decorator_list = []
+            exec(ast.unparse(node), names)
+
+    class Config:
+        packed_modules_mapping: ClassVar = {n: list(group) for group, n in FUSED_NAMES.items()}
+        _quantized_layer_prefix_candidates = staticmethod(
+            names["_quantized_layer_prefix_candidates"]
+        )
+
+    def own(layer: str, listed: Mapping[str, str]) -> str | None:
+        config = Config()
+        config.quantized_layers = {name: {"quant_algo": algo} for name, algo in listed.items()}
+        try:
+            return names["_resolve_quant_algo"](config, layer)
+        except ValueError:
+            return "refused"
+
+    return own
+
+
+def _vllms_folder() -> Path:
     script = "import importlib.util as i; print(i.find_spec('vllm').submodule_search_locations[0])"
     python = os.environ["QVALIDATE_VLLM_PYTHON"]
     root = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
-    folder = Path(root.stdout.strip()) / "model_executor" / "layers" / "quantization"
+    return Path(root.stdout.strip()) / "model_executor" / "layers" / "quantization"
+
+
+def _vllms_own():  # type: ignore[no-untyped-def]
+    """Return vLLM's matching, cut out of its source so that nothing of it is imported."""
+    folder = _vllms_folder()
     names = {
         "Mapping": Mapping,
         "MappingProxyType": MappingProxyType,

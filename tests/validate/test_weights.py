@@ -3,41 +3,26 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Tensor, write_safetensors
+from checkpoints import MIXED, Tensor, write_safetensors
 from click.testing import CliRunner
+from encoded import converted
 
-from qconvert.backends import resolve
-from qconvert.convert import convert
-from qconvert.planner import make_plan
 from qschema.checkpoint import open_checkpoint
-from qschema.formats import formats
-from qschema.recipe import Recipe, Rule
-from qvalidate import cli, group_errors, weights
+from qschema.formats import Format, formats
+from qvalidate import cli, pairs, weights
 from qvalidate.group_errors import deviation
 from qvalidate.loader import load
+from qvalidate.pairs import Pair
 from qvalidate.weights import weight_findings
 
 SOURCES = Path(__file__).parents[2] / "fixtures" / "checkpoints"
 MODELS = ("llama", "qwen3", "mixtral", "llama_odd", "llama_adv", "llama_block")
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def converted(model: str, algo: str, out: Path) -> Path:
-    checkpoint = open_checkpoint(SOURCES / model)
-    convert(
-        checkpoint,
-        make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo=algo)])),
-        out,
-        device=resolve("cpu", formats=[algo]),
-        workers=2,
-        budget=64 << 20,
-        watch=lambda progress: None,
-    )
-    return out
 
 
 def change(path: Path, tensor: str, edit: Callable[[np.ndarray], np.ndarray], dtype: str) -> None:
@@ -54,10 +39,21 @@ def found(path: Path, reference: Path) -> list[tuple[str, str]]:
     return [(item.rule, item.where) for item in weight_findings(load(path), reference)]
 
 
-@pytest.mark.parametrize("algo", list(formats()))
+@pytest.mark.parametrize("algo", [*formats(), MIXED])
 @pytest.mark.parametrize("model", MODELS)
 def test_right_weights_give_no_finding(tmp_path: Path, model: str, algo: str) -> None:
     assert found(converted(model, algo, tmp_path / "out"), SOURCES / model) == []
+
+
+def enlarge(path: Path, declared: Format) -> None:
+    """Make every scale of q_proj eight times as large."""
+    names = [spec for spec in declared.tensors if spec.role in ("scale", "global")]
+    # the first f32 one multiplies the codes; exponents of two are bytes
+    spec = next((spec for spec in names if spec.dtype == "F32"), names[0])
+    if spec.dtype == "F32":
+        change(path, f"{Q_PROJ}.{spec.suffix}", lambda scale: scale * 8, "<f4")
+    else:
+        change(path, f"{Q_PROJ}.{spec.suffix}", lambda exponent: exponent + 3, "u1")
 
 
 @pytest.mark.parametrize("algo", list(formats()))
@@ -66,8 +62,26 @@ def test_scales_times_eight_name_the_projection(
     tmp_path: Path, algo: str, has_native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = converted("llama", algo, tmp_path / "out")
-    change(path, f"{Q_PROJ}.weight_scale", lambda scale: scale * 8, "<f4")
+    enlarge(path, formats()[algo])
     monkeypatch.setenv("QKERNELS_NATIVE", "1" if has_native else "0")
+
+    assert found(path, SOURCES / "llama") == [("weight-error", f"{Q_PROJ}.weight")]
+
+
+@pytest.mark.parametrize("algo", list(formats()))
+def test_codes_of_the_transpose_are_found(tmp_path: Path, algo: str) -> None:
+    path = converted("llama", algo, tmp_path / "out")
+    change(path, f"{Q_PROJ}.weight", lambda codes: codes.reshape(-1, 128).T.reshape(-1), "u1")
+
+    assert found(path, SOURCES / "llama") == [("weight-error", f"{Q_PROJ}.weight")]
+
+
+@pytest.mark.parametrize(
+    "algo", ["NVFP4", "W4A16_NVFP4", "MXFP4", "W4A8_NVFP4_FP8", "W4A16_AWQ", "W4A8_AWQ"]
+)
+def test_swapped_nibbles_are_found(tmp_path: Path, algo: str) -> None:
+    path = converted("llama", algo, tmp_path / "out")
+    change(path, f"{Q_PROJ}.weight", lambda codes: codes >> 4 | codes << 4, "u1")
 
     assert found(path, SOURCES / "llama") == [("weight-error", f"{Q_PROJ}.weight")]
 
@@ -93,19 +107,23 @@ def test_wrong_numbers_name_the_tensor(
     assert found(path, SOURCES / "llama") == [("weight-error", f"{Q_PROJ}.weight")]
 
 
-def test_small_slices_see_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = converted("llama", "FP8_PB_WO", tmp_path / "out")
-    context = load(path)
+@pytest.mark.parametrize("algo", ["FP8", "FP8_PB_WO", "NVFP4", "W4A16_AWQ", "W8A16"])
+def test_small_slices_see_the_same(
+    tmp_path: Path, algo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = converted("llama", algo, tmp_path / "out")
+    enlarge(path, formats()[algo])
     reference = open_checkpoint(SOURCES / "llama").tensors[f"{Q_PROJ}.weight"]
-    outputs = context.modules[Q_PROJ].tensors
-    assert context.declared is not None
-    strict = context.declared.model_copy(update={"error_bound": 0.01})
-    whole = deviation(reference, outputs, strict)
-    monkeypatch.setattr(group_errors, "_SLICE_NBYTES", 1)
-    monkeypatch.setattr(group_errors, "_CHUNK_ELEMENTS", 1)
+    pair = Pair(reference, load(path).modules[Q_PROJ].tensors, formats()[algo])
+    whole = deviation(pair)
+    monkeypatch.setattr(pairs, "_SLICE_NBYTES", 1)
+    monkeypatch.setattr(pairs, "_CHUNK_ELEMENTS", 1)
 
-    assert whole.num_beyond == whole.num_groups == 4
-    assert deviation(reference, outputs, strict) == whole
+    assert whole.num_beyond == whole.num_groups > 0
+    small = deviation(pair)
+    # sums of squares in another order
+    assert small.error == pytest.approx(whole.error, rel=1e-12)
+    assert replace(small, error=whole.error) == whole
 
 
 def test_another_model_is_told_apart(tmp_path: Path) -> None:
@@ -259,19 +277,53 @@ def test_a_reference_with_nothing_in_common_is_an_error(tmp_path: Path) -> None:
     ("algo", "where"),
     [
         ("FP8_PER_CHANNEL_PER_TOKEN", "rows 3 to 3, columns 0 to 255, the worst of 1 scale groups"),
-        ("FP8_PB_WO", "rows 128 to 255, columns 128 to 255, the worst of 1 scale groups"),
+        ("FP8_PB_WO", "rows 0 to 127, columns 128 to 255, the worst of 1 scale groups (of 4)"),
+        ("W8A16", "rows 3 to 3, columns 0 to 255, the worst of 1 scale groups (of 256)"),
+        ("W4A16_AWQ", "rows 1 to 1, columns 128 to 255, the worst of 1 scale groups (of 512)"),
     ],
 )
 def test_one_scale_that_is_half_too_large_is_found(tmp_path: Path, algo: str, where: str) -> None:
     path = converted("llama", algo, tmp_path / "out")
-    factors = np.ones(256 if algo == "FP8_PER_CHANNEL_PER_TOKEN" else 4)
-    factors[3] = 1.5
-    change(path, f"{Q_PROJ}.weight_scale", lambda scale: scale * factors, "<f4")
+    at = 1 if algo == "FP8_PB_WO" else 3
+    change(
+        path,
+        f"{Q_PROJ}.weight_scale",
+        lambda scale: np.where(np.arange(scale.size) == at, scale * 1.5, scale),
+        "<f4",
+    )
 
     (finding,) = weight_findings(load(path), SOURCES / "llama")
 
     assert finding.rule == "weight-error"
     assert where in finding.message
+
+
+@pytest.mark.parametrize(
+    ("algo", "step", "columns"),
+    [
+        # E4M3: four codes are half a power of two; E8M0: one is a whole one
+        ("NVFP4", 4, "columns 48 to 63, the worst of 1 scale groups (of 4096)"),
+        ("NVFP4_AWQ", 4, "columns 48 to 63, the worst of 1 scale groups (of 4096)"),
+        ("W4A8_NVFP4_FP8", 4, "columns 96 to 127, the worst of 1 scale groups (of 2048)"),
+        ("MXFP8", 1, "columns 96 to 127, the worst of 1 scale groups (of 2048)"),
+        ("MXFP4", 1, "columns 96 to 127, the worst of 1 scale groups (of 2048)"),
+    ],
+)
+def test_one_scale_of_a_byte_that_is_too_large_is_found(
+    tmp_path: Path, algo: str, step: int, columns: str
+) -> None:
+    path = converted("llama", algo, tmp_path / "out")
+    change(
+        path,
+        f"{Q_PROJ}.weight_scale",
+        lambda codes: np.where(np.arange(codes.size) == 3, codes + step, codes),
+        "u1",
+    )
+
+    (finding,) = weight_findings(load(path), SOURCES / "llama")
+
+    assert (finding.rule, finding.where) == ("weight-error", f"{Q_PROJ}.weight")
+    assert f"in rows 0 to 0, {columns}" in finding.message
 
 
 def test_what_is_not_finite_is_a_warning(tmp_path: Path) -> None:

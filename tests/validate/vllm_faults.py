@@ -1,7 +1,8 @@
 """Faults that only vLLM minds, or that only its own matching makes faults of."""
 
 from catalogue import GATE, O_PROJ, PB_WO, PC_PT, K, Q, fault
-from checkpoints import Draft, f32
+from checkpoints import MIXED, Draft, f32
+from mixed_faults import FLAT, LAYERS, entries
 
 from qschema.formats import find
 
@@ -104,3 +105,95 @@ def tied_head_not_listed(draft: Draft) -> None:
 @fault("vllm-ignore-key", "$.quantization_config.exclude_modules", engine=True)
 def exclusions_under_the_other_key(draft: Draft) -> None:
     draft.quantization["exclude_modules"] = draft.quantization.pop("ignore")
+
+
+def only_nested(draft: Draft) -> None:
+    """Leave hf_quant_config.json as the only config."""
+    del draft.config["quantization_config"]
+
+
+@fault("vllm-nested-config", "$.quantization.quant_algo", algo="W4A16_NVFP4", engine=True)
+def weight_only_nvfp4_in_the_nested_form(draft: Draft) -> None:
+    only_nested(draft)
+
+
+@fault("vllm-nested-config", "$.quantization.quant_algo", algo="MXFP8", engine=True)
+def mxfp8_in_the_nested_form(draft: Draft) -> None:
+    only_nested(draft)
+
+
+@fault("vllm-nested-config", "$.quantization.kv_cache_quant_algo", algo="NVFP4", engine=True)
+def nested_form_without_a_key(draft: Draft) -> None:
+    only_nested(draft)
+    del draft.nested["kv_cache_quant_algo"]
+
+
+@fault("vllm-model-dtype", "$.dtype", algo="MXFP8", engine=True)
+def mxfp8_of_a_float16_model(draft: Draft) -> None:
+    draft.config["dtype"] = "float16"
+
+
+@fault(
+    "vllm-stacked-experts",
+    "model.layers.0.block_sparse_moe.experts.gate_up_proj",
+    model="mixtral",
+    algo="NVFP4",
+    engine=True,
+)
+def stacked_experts_of_mixtral(draft: Draft) -> None:
+    draft.stack_experts(find("NVFP4"))
+
+
+@fault("vllm-embedding", "model.embed_tokens.weight", algo="W4A16_NVFP4", engine=True)
+def quantized_embedding(draft: Draft) -> None:
+    draft.quantize("model.embed_tokens", find("W4A16_NVFP4"))
+    draft.set_exclude(["lm_head"])
+
+
+@fault("vllm-layer-algo-unsupported", f"{FLAT}.{LAYERS}.{O_PROJ}", algo=MIXED, engine=True)
+def layer_in_a_format_that_vllm_does_not_know(draft: Draft) -> None:
+    for layers in entries(draft):
+        layers[O_PROJ] = {"quant_algo": "W8A16"}
+
+
+@fault("vllm-mixed-algos", f"{K}.weight", algo=MIXED, engine=True)
+def fused_part_in_another_format(draft: Draft) -> None:
+    for layers in entries(draft):
+        layers[K] = {"quant_algo": PC_PT}
+
+
+@fault(
+    "vllm-mixed-experts",
+    "model.layers.0.block_sparse_moe.experts.0.w3.weight",
+    model="mixtral",
+    algo=MIXED,
+    engine=True,
+)
+def expert_in_another_format(draft: Draft) -> None:
+    name = "model.layers.0.block_sparse_moe.experts"
+    for layers in entries(draft):
+        layers[f"{name}.0.w3"] = {"quant_algo": "FP8"}
+
+
+@fault(
+    "vllm-layers-overreach",
+    "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    model="mixtral",
+    algo=MIXED,
+    engine=True,
+)
+def plain_experts_beside_a_quantized_shared_one(draft: Draft) -> None:
+    owner = "model.layers.0.block_sparse_moe"
+    for layers in entries(draft):
+        layers[f"{owner}.shared_expert.up_proj"] = layers.pop(f"{owner}.experts")
+    for expert in range(4):
+        for leaf in ("w1", "w2", "w3"):
+            name = f"{owner}.experts.{expert}.{leaf}"
+            for suffix in ("weight_scale", "weight_scale_2", "input_scale"):
+                draft.pop(f"{name}.{suffix}")
+            draft.put(f"{name}.weight", ("BF16", (128, 128), bytes(2 * 128 * 128)))
+
+
+@fault("vllm-partial-fusion", f"{K}.weight", algo="NVFP4", engine=True)
+def one_part_of_qkv_in_nvfp4_listed(draft: Draft) -> None:
+    draft.set_exclude([*draft.exclude, K])

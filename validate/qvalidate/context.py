@@ -5,7 +5,7 @@ bytes of the scale tensors, once, when a rule first asks for them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 from functools import cached_property
@@ -17,20 +17,28 @@ from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format, TensorSpec
 from qschema.safetensors import Stored
 from qschema.strict import Json
+from qvalidate.assignment import Assignment
 from qvalidate.documents import QuantConfig
-from qvalidate.scales import ScaleStats, scale_stats
+from qvalidate.scales import Scale, ScaleRole, scale_stats
 
 LM_HEAD = "lm_head"
+KV_SCALES = frozenset({"k_scale", "v_scale"})
 # keep_reason() of modules that are no Linear, so that no list needs to name them
 _NO_LINEAR = frozenset({"embedding", "norm"})
 
 
 @dataclass(frozen=True)
 class Module:
-    """One module by its checkpoint name, with the tensors it owns by their last name."""
+    """One module by its checkpoint name, with the tensors it owns by their last name.
+
+    `declared` is the format that the obeyed config gives it. A stack holds all experts of a layer:
+    it is named like its codes, which count as its `weight`.
+    """
 
     name: str
     tensors: Mapping[str, Stored]
+    declared: Format | None = None
+    is_stack: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -43,10 +51,20 @@ class Module:
         """The file of its weight, or of any tensor it has."""
         return str(self.tensors.get("weight", next(iter(self.tensors.values()))).file)
 
+    @property
+    def weight_name(self) -> str:
+        """The name of the tensor that holds its weight."""
+        return self.tensor_name("weight")
+
+    def tensor_name(self, suffix: str) -> str:
+        """Return what its tensor `suffix` is called, whether it is there or not."""
+        if self.is_stack:
+            return self.name if suffix == "weight" else f"{self.name}_{suffix}"
+        return f"{self.name}.{suffix}" if self.name else suffix
+
     def codes(self, declared: Format) -> Stored | None:
         """Return the tensor that holds its codes in the format `declared`."""
-        spec = codes_spec(declared)
-        return self.tensors.get(spec.suffix)
+        return self.tensors.get(codes_spec(declared).suffix)
 
 
 @dataclass(frozen=True)
@@ -54,14 +72,13 @@ class Context:
     """One checkpoint as the rules see it.
 
     `obeyed` is the quantization config that engines follow: config.json's `quantization_config`,
-    and hf_quant_config.json only without it. `declared` is the format it names, None if no format
-    is declared under that name.
+    and hf_quant_config.json only without it. `assignment` says which formats it names.
     """
 
     checkpoint: Checkpoint
     in_config: QuantConfig | None
     in_file: QuantConfig | None
-    declared: Format | None
+    assignment: Assignment
     modules: Mapping[str, Module]
 
     @property
@@ -97,6 +114,15 @@ class Context:
         return {name: module for name, module in self.modules.items() if module.is_quantized}
 
     @cached_property
+    def encoded(self) -> tuple[tuple[Module, Format], ...]:
+        """The quantized modules whose format is known, each with its format."""
+        return tuple(
+            (module, module.declared)
+            for module in self.quantized.values()
+            if module.declared is not None
+        )
+
+    @cached_property
     def unquantized(self) -> Mapping[str, Stored]:
         """Module -> weight of every Linear in source precision, stacked experts included."""
         found: dict[str, Stored] = {}
@@ -112,18 +138,36 @@ class Context:
         return found
 
     @cached_property
-    def scales(self) -> Mapping[str, ScaleStats]:
-        """What the scale tensors of the quantized modules hold, by name. Reads their bytes."""
-        if self.declared is None:
-            return {}
-        suffixes = [spec.suffix for spec in self.declared.tensors if spec.role == "scale"]
-        found = (
-            (module.tensors[suffix].name, scale_stats(module.tensors[suffix]))
-            for module in self.quantized.values()
-            for suffix in suffixes
-            if suffix in module.tensors
+    def scales(self) -> tuple[Scale, ...]:
+        """What the scales beside the quantized weights, and of the KV cache, hold.
+
+        Reads their bytes. Tensors of another dtype than the declared one are left out.
+        """
+        return tuple(
+            Scale(role=role, stats=stats)
+            for stored, dtype, role in self._scales()
+            if stored.dtype == dtype and (stats := scale_stats(stored, role=role)) is not None
         )
-        return {name: stats for name, stats in found if stats is not None}
+
+    @cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """The scales that are one finite number, by the tensor's name."""
+        found = (scale.stats for scale in self.scales)
+        return {
+            stats.stored.name: stats.minimum
+            for stats in found
+            if stats.count == 1 and stats.minimum == stats.maximum
+        }
+
+    def _scales(self) -> Iterator[tuple[Stored, str, ScaleRole]]:
+        for module, declared in self.encoded:
+            for spec in declared.tensors:
+                stored = module.tensors.get(spec.suffix)
+                if stored is not None and spec.role != "codes":
+                    yield stored, spec.dtype, spec.role
+        for module in self.modules.values():
+            for suffix in KV_SCALES & module.tensors.keys():
+                yield module.tensors[suffix], "F32", "kv"
 
     def excluded_by(self, module: str) -> str | None:
         """Return a pattern that names `module` or a module above it, None without one.
@@ -161,15 +205,3 @@ def positive_int(config: Mapping[str, Json], *keys: str) -> int | None:
 def codes_spec(declared: Format) -> TensorSpec:
     """Return the declaration of the tensor that holds the codes."""
     return next(spec for spec in declared.tensors if spec.role == "codes")
-
-
-def axes(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return (rows, columns) of the Linear whose `spec` has `shape`, None if the rank differs."""
-    if len(shape) != len(spec.shape):
-        return None
-    sizes = {"N": 0, "K": 0}
-    for dim, size in zip(spec.shape, shape, strict=True):
-        axis, _, divisor = dim.partition("/")
-        if axis in sizes:
-            sizes[axis] = size * int(divisor or 1)
-    return sizes["N"], sizes["K"]

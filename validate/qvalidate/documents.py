@@ -6,12 +6,14 @@
 The nested form is legal inside config.json too. Nothing is filled in or corrected here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from qschema.strict import Json
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+MIXED = "MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,35 @@ class QuantConfig:
     @property
     def is_mixed(self) -> bool:
         """Whether it lists the quantized layers, so that what it does not name is unquantized."""
-        return bool(self.body.get("quantized_layers"))
+        return bool(self.body.get("quantized_layers")) or self.algo == MIXED
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """Module -> quant_algo of a mixed checkpoint, "" where the entry names none."""
+        found = self.body.get("quantized_layers")
+        entries = found.items() if isinstance(found, dict) else ()
+        return {
+            name: _text(entry.get("quant_algo")) for name, entry in entries if _is_object(entry)
+        }
+
+    @property
+    def entries(self) -> Iterator[tuple[str, str, Mapping[str, Json]]]:
+        """(JSON path, quant_algo, object) of everything that names an algorithm and its fields."""
+        yield self.where("")[:-1], self.algo or "", self.body
+        found = self.body.get("quantized_layers")
+        for name, entry in found.items() if isinstance(found, dict) else ():
+            if _is_object(entry):
+                yield (
+                    f"{self.where('quantized_layers')}.{name}",
+                    _text(entry.get("quant_algo")),
+                    entry,
+                )
+
+    @property
+    def kv_algo(self) -> str | None:
+        """How the KV cache is quantized, None if it is not; a flat kv_cache_scheme is "FP8"."""
+        found = self.body.get("kv_cache_quant_algo") or self.raw.get("kv_cache_scheme")
+        return found if isinstance(found, str) else "FP8" if found else None
 
     @property
     def method(self) -> str | None:
@@ -72,3 +102,11 @@ class QuantConfig:
             ".quantization" if self.is_nested and key not in ("quant_method", "producer") else ""
         )
         return f"{self.root}{middle}.{key}"
+
+
+def _is_object(value: Json) -> TypeGuard[dict[str, Json]]:
+    return isinstance(value, dict)
+
+
+def _text(value: Json) -> str:
+    return value if isinstance(value, str) else ""

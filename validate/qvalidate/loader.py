@@ -1,14 +1,22 @@
 """From a directory to a Context. Headers and JSON only."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from qschema.checkpoint import Checkpoint, open_checkpoint
-from qschema.formats import Format, UnknownFormatError, find
+from qschema.dtypes import HIGH_PRECISION
 from qschema.safetensors import Stored
 from qschema.strict import DocumentError, Json, load_json
+from qvalidate.assignment import Assignment, assign
 from qvalidate.context import Context, Module
 from qvalidate.documents import HF_QUANT_CONFIG, QuantConfig
+
+# experts stacked in one tensor, and what ModelOpt puts beside it: `gate_up_proj_weight_scale`
+_STACK = re.compile(r"(?:gate|up|gate_up|down)_proj")
+_STACKED = re.compile(
+    rf"(?P<stack>{_STACK.pattern})(?:_(?P<suffix>weight_scale(?:_2)?|input_scale|bias))?"
+)
 
 
 def load(path: Path) -> Context:
@@ -20,13 +28,13 @@ def load(path: Path) -> Context:
     checkpoint = open_checkpoint(path)
     in_config = _in_config(checkpoint)
     in_file = _in_file(checkpoint)
-    obeyed = in_config or in_file
+    assignment = assign(in_config or in_file, in_file)
     return Context(
         checkpoint=checkpoint,
         in_config=in_config,
         in_file=in_file,
-        declared=_declared(obeyed.algo if obeyed else None),
-        modules=_modules(checkpoint.tensors),
+        assignment=assignment,
+        modules=_modules(checkpoint.tensors, assignment),
     )
 
 
@@ -59,16 +67,28 @@ def _object(found: Json, *, file: str, where: str) -> Mapping[str, Json]:
     return found
 
 
-def _declared(algo: str | None) -> Format | None:
-    try:
-        return find(algo) if algo else None
-    except UnknownFormatError:
-        return None
-
-
-def _modules(tensors: Mapping[str, Stored]) -> Mapping[str, Module]:
+def _modules(tensors: Mapping[str, Stored], assignment: Assignment) -> Mapping[str, Module]:
     grouped: dict[str, dict[str, Stored]] = {}
+    stacks = _stacks(tensors)
     for name, stored in tensors.items():
         module, _, leaf = name.rpartition(".")
+        parts = _STACKED.fullmatch(leaf)
+        if parts is not None and f"{module}.{parts['stack']}" in stacks:
+            module, leaf = f"{module}.{parts['stack']}", parts["suffix"] or "weight"
         grouped.setdefault(module, {})[leaf] = stored
-    return {name: Module(name=name, tensors=owned) for name, owned in sorted(grouped.items())}
+    return {
+        name: Module(name, owned, assignment.format_of(name), name in stacks)
+        for name, owned in sorted(grouped.items())
+    }
+
+
+def _stacks(tensors: Mapping[str, Stored]) -> frozenset[str]:
+    """Return the names of the quantized weights of all experts of a layer in one tensor."""
+    return frozenset(
+        name
+        for name, stored in tensors.items()
+        if len(stored.shape) == 3
+        and name.rpartition(".")[0].endswith(".experts")
+        and _STACK.fullmatch(name.rpartition(".")[2])
+        and stored.dtype not in HIGH_PRECISION
+    )

@@ -1,18 +1,44 @@
-"""What a scale tensor holds, read in pieces by position: no numpy, no torch, flat memory."""
+"""What a scale tensor holds, read in pieces by position: no numpy, no torch, flat memory.
+
+Scales are floats of 16, 32 or 64 bits, E4M3 (block scales of NVFP4) or, as U8, E8M0: the exponent
+of two plus 127, and 255 for NaN.
+"""
 
 import math
 import os
 import struct
 import sys
 from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from qschema.dtypes import BITS
 from qschema.safetensors import Stored
 
+# as in the declarations; kv: of the KV cache
+ScaleRole: TypeAlias = Literal["codes", "scale", "global", "input", "smoothing", "kv"]
+
 _PIECE_NBYTES = 1 << 20
 # smallest normal f32; below it a division on a GPU may flush to zero
 F32_TINY = 2.0**-126
+
+
+def _e4m3(code: int) -> float:
+    magnitude = code & 0x7F
+    if magnitude == 0x7F:
+        return math.nan
+    exponent, mantissa = magnitude >> 3, magnitude & 7
+    value = math.ldexp(8 + mantissa if exponent else mantissa, max(exponent, 1) - 10)
+    return -value if code & 0x80 else value
+
+
+E4M3 = tuple(_e4m3(code) for code in range(256))
+E8M0 = tuple(math.nan if code == 255 else math.ldexp(1.0, code - 127) for code in range(256))
+# what one byte stands for
+BYTES: Mapping[str, tuple[float, ...]] = {"F8_E4M3": E4M3, "U8": E8M0}
+_FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True)
@@ -30,31 +56,50 @@ class ScaleStats:
     maximum: float
 
 
-def scale_stats(stored: Stored) -> ScaleStats | None:
-    """Return what `stored` holds, None if its dtype is not F32, BF16, F16 or F64."""
-    if stored.dtype not in ("F32", "BF16", "F16", "F64"):
+@dataclass(frozen=True)
+class Scale:
+    """One scale tensor: what it is for, and what it holds."""
+
+    role: ScaleRole
+    stats: ScaleStats
+
+
+def scale_stats(stored: Stored, *, role: ScaleRole = "scale") -> ScaleStats | None:
+    """Return what `stored` holds, None if its dtype is none of scales (U8 only of row scales)."""
+    if stored.dtype in _FLOATS:
+        return _float_stats(stored)
+    if stored.dtype == "F8_E4M3" or (stored.dtype == "U8" and role == "scale"):
+        return _byte_stats(stored, BYTES[stored.dtype])
+    return None
+
+
+def scalar(stored: Stored) -> float | None:
+    """Return the number that a tensor of one float holds, None if it is no such tensor."""
+    if stored.dtype not in _FLOATS or stored.nbytes * 8 != BITS[stored.dtype]:
         return None
+    (piece,) = _pieces(stored)
+    return float(_decode(piece, stored.dtype)[0])
+
+
+def _float_stats(stored: Stored) -> ScaleStats:
     count = num_nan = num_inf = num_zero = num_negative = num_denormal = 0
     minimum, maximum = math.inf, -math.inf
-    with open(stored.file, "rb") as file:
-        for start in range(0, stored.nbytes, _PIECE_NBYTES):
-            want = min(_PIECE_NBYTES, stored.nbytes - start)
-            piece = os.pread(file.fileno(), want, stored.offset + start)
-            values = _decode(piece, stored.dtype)
-            count += len(values)
-            # one pass in C tells whether anything is odd; a sum keeps every NaN and Inf
-            if not math.isfinite(sum(values)):
-                num_nan += sum(1 for value in values if math.isnan(value))
-                num_inf += sum(1 for value in values if math.isinf(value))
-                values = array("d", (value for value in values if math.isfinite(value)))
-            if not values:
-                continue
-            low, high = min(values), max(values)
-            minimum, maximum = min(minimum, low), max(maximum, high)
-            if low < F32_TINY:
-                num_zero += sum(1 for value in values if value == 0)
-                num_negative += sum(1 for value in values if value < 0)
-                num_denormal += sum(1 for value in values if 0 < value < F32_TINY)
+    for piece in _pieces(stored):
+        values = _decode(piece, stored.dtype)
+        count += len(values)
+        # one pass in C tells whether anything is odd; a sum keeps every NaN and Inf
+        if not math.isfinite(sum(values)):
+            num_nan += sum(1 for value in values if math.isnan(value))
+            num_inf += sum(1 for value in values if math.isinf(value))
+            values = array("d", (value for value in values if math.isfinite(value)))
+        if not values:
+            continue
+        low, high = min(values), max(values)
+        minimum, maximum = min(minimum, low), max(maximum, high)
+        if low < F32_TINY:
+            num_zero += sum(1 for value in values if value == 0)
+            num_negative += sum(1 for value in values if value < 0)
+            num_denormal += sum(1 for value in values if 0 < value < F32_TINY)
     return ScaleStats(
         stored=stored,
         count=count,
@@ -66,6 +111,40 @@ def scale_stats(stored: Stored) -> ScaleStats | None:
         minimum=minimum,
         maximum=maximum,
     )
+
+
+def _byte_stats(stored: Stored, values: tuple[float, ...]) -> ScaleStats:
+    """Return the stats of scales of one byte each; the smallest E8M0 is no denormal there."""
+    counts: Counter[int] = Counter()
+    for piece in _pieces(stored):
+        _count(piece, counts)
+    finite = [values[code] for code in counts if math.isfinite(values[code])]
+    return ScaleStats(
+        stored=stored,
+        count=counts.total(),
+        num_nan=sum(num for code, num in counts.items() if math.isnan(values[code])),
+        num_inf=0,
+        num_zero=sum(num for code, num in counts.items() if values[code] == 0),
+        num_negative=sum(num for code, num in counts.items() if values[code] < 0),
+        num_denormal=0,
+        minimum=min(finite, default=math.inf),
+        maximum=max(finite, default=-math.inf),
+    )
+
+
+def _count(piece: bytes, counts: Counter[int]) -> None:
+    """Add how often each byte occurs: a pass in C per value, over what the others left."""
+    while piece:
+        rest = piece.translate(None, piece[:1])
+        counts[piece[0]] += len(piece) - len(rest)
+        piece = rest
+
+
+def _pieces(stored: Stored) -> Iterator[bytes]:
+    with open(stored.file, "rb") as file:
+        for start in range(0, stored.nbytes, _PIECE_NBYTES):
+            want = min(_PIECE_NBYTES, stored.nbytes - start)
+            yield os.pread(file.fileno(), want, stored.offset + start)
 
 
 def _decode(piece: bytes, dtype: str) -> "array[float]":

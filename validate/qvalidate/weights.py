@@ -7,7 +7,7 @@ another model's norms), shows here by name, on any machine and without an engine
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qschema.checkpoint import Checkpoint, open_checkpoint
+from qschema.checkpoint import open_checkpoint
 from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format
 from qschema.safetensors import Stored
@@ -15,6 +15,11 @@ from qschema.strict import DocumentError, Finding
 from qvalidate.context import LM_HEAD, Context, Module
 from qvalidate.decode import read
 from qvalidate.group_errors import Deviation, deviation
+from qvalidate.layout import as_declared, sizes
+from qvalidate.pairs import Pair
+from qvalidate.rules.registry import Severity, some
+from qvalidate.smoothing import Smoothings, UnknownSmoothingError
+from qvalidate.sources import source_weight, split_names, stacked_pairs
 
 # bytes of each side that are compared at a time
 _SLICE_NBYTES = 4 << 20
@@ -26,47 +31,61 @@ def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
     Yields the problems of a `reference` that can't be opened. Quantized tensors whose dtype or
     shape is not the declared one are left to the rules, as is a format that nobody declared.
     """
-    if context.declared is None:
+    if context.obeyed is None:
         return
     try:
         source = open_checkpoint(reference)
     except DocumentError as problem:
         yield from problem.findings
         return
-    yield from _missing(context, source)
-    yield from _kept(context, source)
-    for name, module in context.quantized.items():
-        weight = source.tensors.get(f"{name}.weight")
+    smoothings = Smoothings(context, source)
+    yield from _missing(context, smoothings)
+    yield from _kept(context, smoothings)
+    for module, declared in context.encoded:
+        weight = source_weight(source.tensors, module)
         if weight is None:
-            message = f"{reference} has no tensor {name}.weight"
-            yield _finding(module.file, f"{name}.weight", "weight-not-in-reference", message)
+            message = f"{reference} has no tensor {module.weight_name}"
+            yield _finding(module.file, module.weight_name, "weight-not-in-reference", message)
             continue
-        outputs = _outputs(module, context.declared)
+        outputs = as_declared(module, declared)
         if outputs is not None:
-            yield from _quantized(module, weight, outputs, context.declared, reference)
+            yield from _quantized(module, declared, weight, outputs, smoothings)
 
 
-def _missing(context: Context, source: Checkpoint) -> Iterator[Finding]:
-    """Yield the tensors of the source that the checkpoint lacks under their names."""
-    for name, stored in source.tensors.items():
-        is_tied = name == f"{LM_HEAD}.weight" and context.is_tied
-        if name not in context.checkpoint.tensors and not is_tied:
+def _missing(context: Context, smoothings: Smoothings) -> Iterator[Finding]:
+    """Yield the tensors of the source that the checkpoint lacks under their names.
+
+    A stack of experts may be there as one weight per expert and projection.
+    """
+    here = context.checkpoint.tensors
+    for name, stored in smoothings.source.tensors.items():
+        if name in here or (name == f"{LM_HEAD}.weight" and context.is_tied):
+            continue
+        split = split_names(stored)
+        is_split = any(part in here for part in split)
+        for lost in [part for part in split if part not in here] if is_split else [name]:
             message = f"{stored.dtype} {list(stored.shape)} in {stored.file}, is in no shard here"
-            yield _finding(str(context.path), name, "tensor-missing", message)
+            yield _finding(str(context.path), lost, "tensor-missing", message)
 
 
-def _kept(context: Context, source: Checkpoint) -> Iterator[Finding]:
+def _kept(context: Context, smoothings: Smoothings) -> Iterator[Finding]:
     """Yield the tensors that are not quantized and are not the source's."""
+    source = smoothings.source
+    codes = {module.weight_name for module in context.quantized.values()}
     for name, stored in context.checkpoint.tensors.items():
         original = source.tensors.get(name)
-        is_codes = name.endswith(".weight") and name.removesuffix(".weight") in context.quantized
-        if original is None or (is_codes and stored.dtype != original.dtype):
+        if original is None or (name in codes and stored.dtype != original.dtype):
             continue
         if (stored.dtype, stored.shape) != (original.dtype, original.shape):
             message = (
                 f"is {stored.dtype} {list(stored.shape)}, in {source.path} it is "
                 f"{original.dtype} {list(original.shape)}; what is not quantized is kept as it is"
             )
+        elif name in smoothings.folded:
+            # a wrong norm shows as wrong weights
+            message = f"holds the smoothing of {some(list(smoothings.folded[name]))}"
+            yield _finding(str(stored.file), name, "smoothing-folded", message, "note")
+            continue
         elif count := _num_differing(stored, original):
             message = (
                 f"{count} of {stored.nbytes} bytes are not those in {source.path}; "
@@ -92,54 +111,64 @@ def _num_differing(stored: Stored, original: Stored) -> int:
 
 def _quantized(
     module: Module,
+    declared: Format,
     weight: Stored,
     outputs: Mapping[str, Stored],
-    declared: Format,
-    reference: Path,
+    smoothings: Smoothings,
 ) -> Iterator[Finding]:
-    name, codes = f"{module.name}.weight", next(iter(outputs.values()))
-    if weight.shape != codes.shape or weight.dtype not in HIGH_PRECISION:
-        message = (
-            f"is {list(codes.shape)}, in {reference} it is {weight.dtype} {list(weight.shape)}"
-        )
+    name, reference = module.weight_name, smoothings.source.path
+    size = sizes(module, declared)
+    shape = weight.shape[:-2] + weight.shape[:-3:-1] if module.is_stack else weight.shape
+    experts = outputs["weight"].shape[:1] if module.is_stack else ()
+    if shape != (*experts, *(size or ())) or weight.dtype not in HIGH_PRECISION:
+        message = f"is {list(size or ())}, in {reference} it is {weight.dtype} {list(weight.shape)}"
         yield _finding(module.file, name, "weight-reference-shape", message)
         return
-    found = deviation(weight, outputs, declared)
-    if found.num_nonfinite:
+    try:
+        found = _deviations(module, declared, weight, outputs, smoothings)
+    except UnknownSmoothingError as problem:
+        yield _finding(module.file, name, "weight-not-compared", str(problem), "note")
+        return
+    if num := sum(part.num_nonfinite for part in found):
         message = (
-            f"{found.num_nonfinite} NaN or Inf in {reference}, left out of the comparison; "
+            f"{num} NaN or Inf in {reference}, left out of the comparison; "
             "they can't be told from other values in the codes"
         )
-        yield Finding(
-            file=module.file, where=name, rule="weight-nonfinite", message=message,
-            severity="warning",
-        )  # fmt: skip
-    if found.num_beyond:
+        yield _finding(module.file, name, "weight-nonfinite", message, "warning")
+    if any(part.num_beyond for part in found):
         yield _finding(module.file, name, "weight-error", _far(found, declared, reference))
 
 
-def _far(found: Deviation, declared: Format, reference: Path) -> str:
-    (top, bottom), (left, right) = found.rows, found.columns
-    where = f"rows {top} to {bottom - 1}, columns {left} to {right - 1}"
+def _deviations(
+    module: Module,
+    declared: Format,
+    weight: Stored,
+    outputs: Mapping[str, Stored],
+    smoothings: Smoothings,
+) -> list[Deviation]:
+    """Return the deviation of the weight, of each expert's in a stack."""
+    if module.is_stack:
+        pairs = (Pair(source, parts, declared) for source, parts in stacked_pairs(weight, outputs))
+        return [deviation(pair) for pair in pairs]
+    pair = Pair(weight, outputs, declared)
+    return [deviation(Pair(weight, outputs, declared, smoothings.of(module, pair)))]
+
+
+def _far(found: list[Deviation], declared: Format, reference: Path) -> str:
+    beyond = [index for index, part in enumerate(found) if part.num_beyond]
+    worst = max(beyond, key=lambda index: found[index].error)
+    (top, bottom), (left, right) = found[worst].rows, found[worst].columns
+    expert = f"expert {worst}, " if len(found) > 1 else ""
+    where = f"{expert}rows {top} to {bottom - 1}, columns {left} to {right - 1}"
     return (
-        f"relative error {found.error:.4g} against {reference} in {where}, the worst of "
-        f"{found.num_beyond} scale groups (of {found.num_groups}) that are beyond "
-        f"{declared.error_bound}, which {declared.name} can't exceed: wrong scales, or another "
-        "weight"
+        f"relative error {found[worst].error:.4g} against {reference} in {where}, the worst of "
+        f"{sum(part.num_beyond for part in found)} scale groups (of "
+        f"{sum(part.num_groups for part in found)}) that are beyond what {declared.name} explains: "
+        "wrong scales, or another weight"
     )
 
 
-def _outputs(module: Module, declared: Format) -> Mapping[str, Stored] | None:
-    """Return the module's tensors by suffix, None unless they are as declared."""
-    codes = module.codes(declared)
-    if codes is None or len(codes.shape) != 2:
-        return None
-    expected = declared.outputs(rows=codes.shape[0], columns=codes.shape[1])
-    found = {suffix: module.tensors.get(suffix) for suffix in expected}
-    complete = {suffix: stored for suffix, stored in found.items() if stored is not None}
-    as_declared = {suffix: (stored.dtype, stored.shape) for suffix, stored in complete.items()}
-    return complete if as_declared == dict(expected) else None
-
-
-def _finding(file: str, where: str, rule: str, message: str) -> Finding:
-    return Finding(file=file, where=where, rule=rule, message=message)
+def _finding(
+    file: str, where: str, rule: str, message: str, severity: Severity = "error"
+) -> Finding:
+    return Finding(file=file, where=where, rule=rule, message=message, severity=severity)

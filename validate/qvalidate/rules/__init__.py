@@ -9,13 +9,18 @@ from qvalidate.rules import (
     agreement,
     exclusions,
     files,
+    kv,
+    mixed,
     modules,
     orphans,
+    siblings,
     sizes,
     tensors,
     values,
     vllm_exclusions,
+    vllm_layout,
     vllm_limits,
+    vllm_mixed,
 )
 from qvalidate.rules.registry import REGISTRY, Effect, Rule, Severity
 
@@ -23,15 +28,20 @@ __all__ = ["RULES", "Effect", "Rule", "Severity", "run"]
 
 _MODULES = (
     agreement,
+    mixed,
     tensors,
     sizes,
     modules,
     orphans,
     values,
+    siblings,
+    kv,
     exclusions,
     files,
     vllm_limits,
+    vllm_layout,
     vllm_exclusions,
+    vllm_mixed,
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(

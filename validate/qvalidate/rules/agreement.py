@@ -63,7 +63,7 @@ def no_quantization_config(context: Context) -> Iterator[Spot]:
 )
 def no_quantized_module(context: Context) -> Iterator[Spot]:
     obeyed = context.obeyed
-    if obeyed is None or context.quantized:
+    if obeyed is None or context.quantized or _is_kv_only(obeyed):
         return
     if not all(context.excluded_by(module) for module in context.unquantized):
         message = f"says {obeyed.algo}, but no module's weight is quantized"
@@ -103,7 +103,9 @@ def quant_method_missing(context: Context) -> Iterator[Spot]:
 )
 def unknown_algo(context: Context) -> Iterator[Spot]:
     obeyed = context.obeyed
-    if obeyed is not None and context.declared is None:
+    if obeyed is None or obeyed.is_mixed or _is_kv_only(obeyed):
+        return
+    if context.assignment.whole is None:
         message = (
             f"found {obeyed.body.get('quant_algo')!r}, so that no tensor could be checked; "
             f"declared: {', '.join(formats())}"
@@ -136,14 +138,15 @@ def config_algo_disagrees(context: Context) -> Iterator[Spot]:
 )
 def config_kv_disagrees(context: Context) -> Iterator[Spot]:
     config, file = context.in_config, context.in_file
-    if config and file and _has_kv(config) != _has_kv(file):
-        message = f"{'quantizes' if _has_kv(file) else 'does not quantize'} the KV cache, "
-        message += f"config.json {'does' if _has_kv(config) else 'does not'}"
+    if config and file and (config.kv_algo is None) != (file.kv_algo is None):
+        message = f"{'quantizes' if file.kv_algo else 'does not quantize'} the KV cache, "
+        message += f"config.json {'does' if config.kv_algo else 'does not'}"
         yield Spot(file.file, file.where("kv_cache_quant_algo"), message)
 
 
-def _has_kv(config: QuantConfig) -> bool:
-    return bool(config.body.get("kv_cache_quant_algo") or config.raw.get("kv_cache_scheme"))
+def _is_kv_only(config: QuantConfig) -> bool:
+    """Whether it quantizes the KV cache and no weight."""
+    return config.algo is None and config.kv_algo is not None
 
 
 @rule(

@@ -19,6 +19,8 @@ _LAYER = re.compile(
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 # computed, and stored by some for their first layer only
 _COMPUTED = frozenset({"inv_freq"})
+# what a stack of experts owns beside what quantization adds
+_PLAIN = frozenset({"weight", "bias"})
 # a kind of layer that is this rare among those that own more is taken for a loss
 _RARE = 8
 
@@ -72,6 +74,11 @@ def alike(layers: Layers) -> Iterator[tuple[int, frozenset[str], int]]:
 
 def _owned(rest: str, module: Module) -> Iterator[str]:
     parent = _EXPERT.sub("experts.*.", f"{rest}." if rest else "")
+    if module.is_stack:
+        yield from (
+            rest if leaf == "weight" else f"{rest}_bias" for leaf in _PLAIN & module.tensors.keys()
+        )
+        return
     for suffix in module.tensors:
         if CODES.fullmatch(suffix):
             yield f"{parent}weight"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from qschema.architectures import KNOWN, text_config
-from qvalidate.context import Context, positive_int
+from qvalidate.context import Context, Module, positive_int
 from qvalidate.rules.modules import missing_module
 from qvalidate.rules.registry import Spot, rule
 from qvalidate.rules.suffixes import KV_SUFFIX, PLAIN_SUFFIX, QUANT_SUFFIX
@@ -26,8 +26,6 @@ _MOST_DIGITS = 6
     evidence=("vLLM 0.33.0: 'There is no module or parameter named', run with its own loader",),
 )
 def orphan_tensor(context: Context) -> Iterator[Spot]:
-    declared = context.declared
-    expected = {spec.suffix for spec in declared.tensors} if declared else {"weight"}
     depth = positive_int(context.checkpoint.config, "num_hidden_layers")
     has_mtp = "num_nextn_predict_layers" in text_config(context.checkpoint.config)
     lost = {spot.where for spot in missing_module(context)}
@@ -43,8 +41,9 @@ def orphan_tensor(context: Context) -> Iterator[Spot]:
         if f"{name}.weight" in lost:
             # the module belongs here, and engines load what is left of it
             continue
+        expected = _expected(context, module)
         for suffix, stored in module.tensors.items():
-            message = _problem(context, suffix, expected, module.is_quantized, name)
+            message = _problem(context, suffix, expected, module)
             if message:
                 yield Spot(str(stored.file), stored.name, message)
             elif context.model_type in KNOWN and not (
@@ -58,27 +57,29 @@ def _is_past(number: str, depth: int) -> bool:
     return len(number) > _MOST_DIGITS or int(number) >= depth
 
 
-def _problem(
-    context: Context, suffix: str, expected: set[str], is_quantized: bool, name: str
-) -> str:
-    """Return what is wrong with a tensor `suffix` of the module `name`, "" if nothing is."""
+def _expected(context: Context, module: Module) -> set[str]:
+    """Return the suffixes of the module's format; of any, where an unlisted module has none."""
+    declared = (module.declared,) if module.declared else context.assignment.formats
+    return {"weight"} | {spec.suffix for found in declared for spec in found.tensors}
+
+
+def _problem(context: Context, suffix: str, expected: set[str], module: Module) -> str:
+    """Return what is wrong with a tensor `suffix` of `module`, "" if nothing is."""
     if suffix == "weight" or not (suffix in expected or QUANT_SUFFIX.fullmatch(suffix)):
         return ""
     if suffix in expected:
-        if is_quantized:
+        if module.is_quantized:
             return ""
-        weight = context.modules[name].tensors.get("weight")
+        weight = module.tensors.get("weight")
         if weight is None:
-            return f"there is no {name}.weight that it belongs to"
-        return f"{name}.weight is {weight.dtype}, not quantized, and has no use for it"
+            return f"there is no {module.weight_name} that it belongs to"
+        return f"{module.weight_name} is {weight.dtype}, not quantized, and has no use for it"
     if KV_SUFFIX.fullmatch(suffix):
-        kv = context.obeyed and (
-            context.obeyed.body.get("kv_cache_quant_algo")
-            or context.obeyed.raw.get("kv_cache_scheme")
-        )
+        kv = context.obeyed and context.obeyed.kv_algo
         return "" if kv else "a KV cache scale, but the config quantizes no KV cache"
-    if context.declared is None:
-        # the format's own tensors are unknown; unknown-algo says so
+    if not context.assignment.formats or (module.is_quantized and module.declared is None):
+        # the format's own tensors are unknown; another rule says so
         return ""
     listed = ", ".join(sorted(expected))
-    return f"{context.declared.name} has no {suffix!r}, a module's tensors are {listed}"
+    name = module.declared.name if module.declared else "what is quantized here"
+    return f"{name} has no {suffix!r}, a module's tensors are {listed}"

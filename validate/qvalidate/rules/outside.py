@@ -44,6 +44,9 @@ WEIGHTS: Mapping[str, str] = {
     "weight-not-in-reference": "the source has no tensor of that name to compare with",
     "weight-reference-shape": "the source's tensor has another shape or is no weight",
     "kept-tensor-differs": "a tensor that is not quantized is not the source's, byte for byte",
+    "smoothing-folded": "a norm has taken in the smoothing of the weights after it, which are "
+    "compared by what it tells (note)",
+    "weight-not-compared": "a weight was smoothed by what the two checkpoints do not tell (note)",
     "tensor-missing": "a tensor of the source is missing (lm_head.weight may be, where it is tied)",
 }
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from qschema.architectures import KNOWN, text_config
 from qschema.dtypes import HIGH_PRECISION
-from qvalidate.context import LM_HEAD, Context, axes, codes_spec, positive_int
+from qvalidate.context import LM_HEAD, Context, positive_int
+from qvalidate.layout import sizes
 from qvalidate.rules.registry import Spot, rule
 
 _POSITIVE = (
@@ -85,7 +86,7 @@ def shape_disagrees_with_config(context: Context) -> Iterator[Spot]:
         if any(want is not None and want != got for want, got in zip(expected, found, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             message = f"expected [{wanted}] by config.json, got {list(found)}"
-            yield Spot(module.file, f"{name}.weight", message)
+            yield Spot(module.file, module.weight_name, message)
 
 
 def _expected(context: Context) -> tuple[Mapping[str, Size], Mapping[str, Size]]:
@@ -150,7 +151,5 @@ def _size(context: Context, name: str) -> tuple[int, int] | None:
         return None
     if weight.dtype in HIGH_PRECISION:
         return (weight.shape[0], weight.shape[1]) if len(weight.shape) == 2 else None
-    if context.declared is None:
-        return None
-    codes = context.modules[name].codes(context.declared)
-    return axes(codes_spec(context.declared), codes.shape) if codes else None
+    module = context.modules[name]
+    return sizes(module, module.declared) if module.declared else None

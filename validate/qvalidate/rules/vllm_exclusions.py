@@ -34,7 +34,7 @@ def vllm_exclusion_overreach(context: Context) -> Iterator[Spot]:
         if found.state == "excluded" and not meant:
             module = context.quantized[layer.parts[0]]
             message = f"vLLM excludes its layer {layer.name} by {found.pattern!r}, {found.how}"
-            yield Spot(module.file, f"{module.name}.weight", message)
+            yield Spot(module.file, module.weight_name, message)
 
 
 @rule(

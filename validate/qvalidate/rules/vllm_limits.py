@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 
 from qschema.architectures import text_config
-from qvalidate.context import LM_HEAD, Context, axes, codes_spec
+from qvalidate.context import LM_HEAD, Context, Module
+from qvalidate.layout import sizes
 from qvalidate.rules.registry import Spot, rule, some
 from qvalidate.rules.vllm_matching import layers
 from qvalidate.rules.vllm_support import SUPPORT, VERSIONS, Support
 
 
-def support_of(context: Context) -> Support | None:
-    """Return what vLLM says of the obeyed algorithm, None if it refuses it or none is named."""
-    algo = context.obeyed.algo if context.obeyed else None
-    return SUPPORT.get((algo or "").upper())
+def support_of(module: Module) -> Support | None:
+    """Return what vLLM says of the module's format, None if it refuses it or none is known."""
+    return SUPPORT.get(module.declared.name) if module.declared else None
 
 
 @rule(
@@ -28,7 +28,7 @@ def support_of(context: Context) -> Support | None:
 )
 def vllm_algo_unsupported(context: Context) -> Iterator[Spot]:
     obeyed = context.obeyed
-    if obeyed is not None and support_of(context) is None:
+    if obeyed is not None and (obeyed.algo or "").upper() not in SUPPORT:
         message = f"vLLM refuses {obeyed.algo!r}; it takes {', '.join(SUPPORT)}"
         yield Spot(obeyed.file, obeyed.where("quant_algo"), message)
 
@@ -52,15 +52,16 @@ def vllm_algo_unsupported(context: Context) -> Iterator[Spot]:
     ),
 )
 def vllm_experts_unsupported(context: Context) -> Iterator[Spot]:
-    support = support_of(context)
-    if support is None or support.experts is None:
-        return
-    found = [layer for layer in layers(context.quantized).values() if layer.is_experts]
-    if found:
+    for declared in context.assignment.formats:
+        support = SUPPORT.get(declared.name)
+        names = [module.name for module, own in context.encoded if own == declared]
+        found = [layer for layer in layers(names).values() if layer.is_experts]
+        if support is None or support.experts is None or not found:
+            continue
         module = context.quantized[found[0].parts[0]]
-        algo = context.obeyed.algo if context.obeyed else None
-        names = some([layer.name for layer in found])
-        yield Spot(module.file, f"{module.name}.weight", f"{support.experts} ({algo} in {names})")
+        where = some([layer.name for layer in found])
+        message = f"{support.experts} ({declared.name} in {where})"
+        yield Spot(module.file, module.weight_name, message)
 
 
 @rule(
@@ -79,16 +80,15 @@ def vllm_experts_unsupported(context: Context) -> Iterator[Spot]:
     ),
 )
 def vllm_columns(context: Context) -> Iterator[Spot]:
-    support = support_of(context)
-    if support is None or context.declared is None:
-        return
     for name, (_, columns) in _sizes(context).items():
-        if columns % support.multiple_of_k:
+        module = context.quantized[name]
+        support = support_of(module)
+        if support is not None and module.declared and columns % support.multiple_of_k:
             message = (
-                f"{context.declared.name} requires in divisible by {support.multiple_of_k}, "
+                f"{module.declared.name} requires in divisible by {support.multiple_of_k}, "
                 f"got {columns}"
             )
-            yield Spot(context.quantized[name].file, f"{name}.weight", message)
+            yield Spot(module.file, module.weight_name, message)
 
 
 @rule(
@@ -105,19 +105,17 @@ def vllm_columns(context: Context) -> Iterator[Spot]:
     evidence=("vLLM 0.33.0, run with its own loader: 64-row k and v fail at one rank",),
 )
 def vllm_fused_rows(context: Context) -> Iterator[Spot]:
-    support = support_of(context)
-    if support is None:
-        return
-    sizes = _sizes(context)
-    for layer in layers(sizes).values():
+    found = _sizes(context)
+    for layer in layers(found).values():
         for name in () if layer.is_experts else layer.parts[:-1]:
-            rows = sizes[name][0]
-            if rows % support.fused_rows:
+            module, rows = context.quantized[name], found[name][0]
+            support = support_of(module)
+            if support is not None and rows % support.fused_rows:
                 message = (
                     f"has {rows} rows, no multiple of {support.fused_rows}, and is not the last "
                     f"part of {layer.name}"
                 )
-                yield Spot(context.quantized[name].file, f"{name}.weight", message)
+                yield Spot(module.file, module.weight_name, message)
 
 
 @rule(
@@ -133,12 +131,10 @@ def vllm_fused_rows(context: Context) -> Iterator[Spot]:
     evidence=("vLLM 0.33.0 model_executor/layers/vocab_parallel_embedding.py:515; run",),
 )
 def vllm_lm_head(context: Context) -> Iterator[Spot]:
-    support = support_of(context)
-    if support is None or support.lm_head is None:
-        return
     for name, module in context.quantized.items():
-        if name.rpartition(".")[2] == LM_HEAD:
-            yield Spot(module.file, f"{name}.weight", support.lm_head)
+        support = support_of(module)
+        if name.rpartition(".")[2] == LM_HEAD and support is not None and support.lm_head:
+            yield Spot(module.file, module.weight_name, support.lm_head)
 
 
 @rule(
@@ -167,31 +163,40 @@ def vllm_stray_weights(context: Context) -> Iterator[Spot]:
 @rule(
     "vllm-model-dtype",
     severity="note",
-    summary="the model's dtype is float32, which vLLM's quantized layers do not run in",
+    summary="the model's dtype is one that vLLM's quantized layers do not run in",
     text="""With dtype "auto" vLLM turns float32 into the platform's 16-bit type; with
     --dtype float32 it refuses: "torch.float32 is not supported for quantization method
-    modelopt". Say bfloat16 in config.json if that is what the model is.""",
+    modelopt". Say bfloat16 in config.json if that is what the model is. A float16 model in MXFP8
+    is refused as it is, an error: that method runs in bfloat16 only.""",
     engine="vllm",
     versions=VERSIONS,
+    effects={"vllm": "refuses"},
     evidence=("vLLM 0.32.0 config/model.py:2422-2424, vLLM 0.33.0 config/vllm.py:937",),
 )
 def vllm_model_dtype(context: Context) -> Iterator[Spot]:
+    where, dtype = _model_dtype(context)
+    if dtype == "float32":
+        message = "float32 runs as the platform's 16-bit type; --dtype float32 is refused"
+        yield Spot(context.config_file, where, message)
+    support = (
+        SUPPORT.get(context.obeyed.algo.upper()) if context.obeyed and context.obeyed.algo else None
+    )
+    if support is not None and dtype == "float16" and dtype not in support.dtypes:
+        message = f"float16, but vLLM's {support.method} runs in {', '.join(support.dtypes)} only"
+        yield Spot(context.config_file, where, message, "error")
+
+
+def _model_dtype(context: Context) -> tuple[str, str | None]:
+    """Return the JSON path and the value of the model's dtype."""
     for key in ("dtype", "torch_dtype"):
         for config in (context.checkpoint.config, text_config(context.checkpoint.config)):
-            if config.get(key) == "float32":
-                message = "float32 runs as the platform's 16-bit type; --dtype float32 is refused"
-                yield Spot(context.config_file, f"$.{key}", message)
-                return
+            found = config.get(key)
+            if isinstance(found, str):
+                return f"$.{key}", found
+    return "", None
 
 
 def _sizes(context: Context) -> dict[str, tuple[int, int]]:
     """Return module -> (rows, columns) of the quantized modules whose codes have the right rank."""
-    if context.declared is None:
-        return {}
-    spec = codes_spec(context.declared)
-    found = {
-        name: axes(spec, weight.shape)
-        for name, module in context.quantized.items()
-        if (weight := module.codes(context.declared)) is not None
-    }
+    found = {module.name: sizes(module, declared) for module, declared in context.encoded}
     return {name: size for name, size in found.items() if size is not None}

@@ -1,7 +1,8 @@
-"""How vLLM reads a list of exclusions. The same three tests in the same order, as pure functions.
+"""How vLLM reads a list of exclusions or of quantized layers: its own tests in its own order.
 
-Source: vLLM 0.33.0 model_executor/layers/quantization/modelopt.py:191-226 and :266-289,
-quantization/utils/quant_utils.py is_layer_skipped (0.32.0: modelopt.py:187-222, :262-282).
+Pure functions. Source: vLLM 0.33.0 model_executor/layers/quantization/modelopt.py:191-226, :266-289
+and :1748-1825 (_resolve_quant_algo), quantization/utils/quant_utils.py is_layer_skipped (0.32.0:
+modelopt.py:187-222, :262-282, :1717-1811).
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Literal
 
 from qvalidate.rules.vllm_support import FUSED_NAMES
 
+_LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\..+")
 
 
@@ -76,6 +78,36 @@ def match(layer: str, patterns: tuple[str, ...]) -> Match:
             if "experts" in text and layer in text:
                 return Match("excluded", pattern, "as one of its experts")
     return _loose(layer, split)
+
+
+def listed_entry(layer: str, listed: Mapping[str, str]) -> str | None:
+    """Return the name in a mixed config's list that vLLM takes for its layer `layer`, or None.
+
+    Where the parts of a fused layer have several algorithms, vLLM stops instead.
+    """
+    names = _spellings(layer)
+    if found := next((name for name in names if name in listed), None):
+        return found
+    parent, _, leaf = layer.rpartition(".")
+    group = next((group for group, name in FUSED_NAMES.items() if name == leaf), ())
+    parts = (f"{name}.{part}" for name in _spellings(parent) for part in group)
+    if found := next((part for part in parts if part in listed), None):
+        return found
+    starts = [f"{name}." for name in names]
+    if layer.endswith(".experts"):
+        starts.append(f"{layer.rsplit('.experts', 1)[0]}.")
+    return next((name for start in starts for name in listed if name.startswith(start)), None)
+
+
+def _spellings(layer: str) -> tuple[str, ...]:
+    """Return the names under which vLLM looks for a layer in the list."""
+    found = [layer]
+    if layer.endswith(".lm_head"):
+        found.append("lm_head")
+    for one, other in (_LANGUAGE_MODEL, _LANGUAGE_MODEL[::-1]):
+        if layer.startswith(one):
+            found.append(f"{other}{layer.removeprefix(one)}")
+    return tuple(found)
 
 
 def _loose(layer: str, split: Mapping[str, str]) -> Match:

@@ -15,7 +15,9 @@ class Support:
     """How vLLM takes one algorithm; a reason is why it refuses, None if it does not.
 
     `experts` is about routed experts. `multiple_of_k` and `fused_rows` are what the columns of
-    every layer, and the rows of every fused part but the last, must be divisible by.
+    every layer, and the rows of every fused part but the last, must be divisible by. `is_nested`
+    says whether the nested config may name it beside producer "modelopt", and `nested_keys` what
+    that config must hold then. `dtypes` are the model's.
     """
 
     method: str
@@ -23,13 +25,19 @@ class Support:
     lm_head: str | None = None
     multiple_of_k: int = 1
     fused_rows: int = 1
+    is_nested: bool = True
+    nested_keys: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
     evidence: str = ""
 
 
 _NO_EXPERTS = (
     "vLLM has no ModelOpt method for experts in this format: it takes its per-tensor FP8 method, "
-    "which stops with \"shape '[]' is invalid for input of size N\""
+    "which stops with \"shape '[]' is invalid for input of size N\"; in a mixed checkpoint with "
+    "\"has no parameter 'w2_weight_scale'\""
 )
+
+_NVFP4_KEYS = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 
 # quant_algo in upper case -> support; vLLM folds the case itself (modelopt.py:366)
 SUPPORT: Mapping[str, Support] = {
@@ -47,9 +55,27 @@ SUPPORT: Mapping[str, Support] = {
         fused_rows=128,
         evidence="modelopt.py:143-160, :256, :2491-2528; fused_moe/routed_experts.py:335",
     ),
-    "NVFP4": Support(method="modelopt_fp4", multiple_of_k=16, evidence="modelopt.py:143-160"),
-    "W4A16_NVFP4": Support(method="modelopt_fp4", multiple_of_k=16, evidence="modelopt.py:143-160"),
-    "MXFP8": Support(method="modelopt_mxfp8", multiple_of_k=32, evidence="modelopt.py:143-160"),
+    "NVFP4": Support(
+        method="modelopt_fp4",
+        multiple_of_k=16,
+        nested_keys=_NVFP4_KEYS,
+        evidence="modelopt.py:143-160, :817-829",
+    ),
+    "W4A16_NVFP4": Support(
+        method="modelopt_fp4",
+        multiple_of_k=16,
+        is_nested=False,
+        nested_keys=_NVFP4_KEYS,
+        evidence="modelopt.py:143-160, :817-829; model_arch_config_convertor.py:255-270",
+    ),
+    "MXFP8": Support(
+        method="modelopt_mxfp8",
+        multiple_of_k=32,
+        is_nested=False,
+        nested_keys=("kv_cache_quant_algo", "exclude_modules"),
+        dtypes=("bfloat16",),
+        evidence="modelopt.py:143-160, :1273-1283; model_arch_config_convertor.py:255-270",
+    ),
     "MIXED_PRECISION": Support(method="modelopt_mixed", evidence="modelopt.py:1748-1825"),
 }
 
@@ -59,6 +85,9 @@ FUSED_NAMES: Mapping[tuple[str, ...], str] = {
     ("gate_proj", "up_proj"): "gate_up_proj",
     ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
 }
+
+# model types with a loader for experts stacked in one tensor (models/llama4.py, models/gpt_oss.py)
+STACKED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
 # prefixes that are never quantized, whatever the list says (modelopt.py:243-248)
 NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
