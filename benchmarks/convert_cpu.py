@@ -29,7 +29,7 @@ from rows import append, commit
 
 HERE = Path(__file__).resolve().parent
 LAYOUTS = ["shards", "single"]
-ALGOS = ["FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]
+ALGOS = ["FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "W4A16_NVFP4", "W4A16_AWQ"]
 SMALL_BUDGET = ["--memory-budget", "256MiB"]
 FRESH_WAIT_S = 5.0
 

@@ -27,6 +27,7 @@ from qconvert.backends import Device, resolve
 from qconvert.convert import convert
 from qconvert.planner import make_plan
 from qschema.checkpoint import Checkpoint, open_checkpoint
+from qschema.formats import find
 from qschema.plan import Plan
 from qschema.recipe import Recipe, Rule
 
@@ -173,7 +174,7 @@ def main() -> int:
     }
     print("ceilings, GB/s:", {name: round(value, 1) for name, value in rates.items()}, flush=True)
     rows = []
-    for algo in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
+    for algo in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "W4A16_NVFP4"):
         plan = make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo=algo)]))
         output_gb = plan.output_nbytes() / GB
         floors = {
@@ -183,7 +184,7 @@ def main() -> int:
             "write": output_gb / rates["write"],
         }
         for name in args.devices:
-            device = resolve(name, formats=[algo])
+            device = resolve(name, codecs=[find(algo).codec])
             used = floors if name != "cpu" else {k: floors[k] for k in ("read", "write")}
             bound = max(used, key=lambda stage: used[stage])
             times = [

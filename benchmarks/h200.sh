@@ -23,5 +23,5 @@ step "kernel parity" python3 -m pytest -q -p no:cacheprovider tests/kernels test
 step "kernel speed" python3 benchmarks/kernels_gpu.py --csv "$out/kernels_gpu.csv"
 step "conversion" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert --csv "$out/convert_gpu.csv"
 rm -rf /dev/shm/qconvert
-step "vLLM" python3 validate/evidence/collect.py "$out" --python "$vllm" --device cuda -j 6
+step "vLLM" python3 validate/evidence/collect.py "$out" --python "$vllm" --device cpu -j 10
 exit $status

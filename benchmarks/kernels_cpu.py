@@ -22,6 +22,7 @@ from rows import append, commit
 
 import qkernels
 from qkernels import native
+from qkernels.codec import Codec
 
 
 @dataclass
@@ -48,16 +49,26 @@ class Case:
     rounds: int
 
 
+def row_tensors(codec: Codec, tensors: dict[str, torch.Tensor]) -> tuple[list[int], float]:
+    """Addresses of codes and scales, and the scale of the whole weight."""
+    addresses = [tensors[suffix].data_ptr() for suffix in codec.shapes(0, 0)]
+    scale = codec.global_scale
+    return addresses, 1.0 if scale is None else float(tensors[scale.suffix])
+
+
 def native_call(
     name: str, w: torch.Tensor, tensors: dict[str, torch.Tensor], sums_2N: torch.Tensor | None
 ) -> Callable[[], object]:
     """A call that fills tensors and, if given, the sums; it keeps all of them alive."""
     n, k = w.shape
+    codec = qkernels.kernels_for(name)
 
     def call() -> object:
-        outs = [tensor.data_ptr() for tensor in tensors.values()]
+        outs, scale = row_tensors(codec, tensors)
         err2, ref2 = (0, 0) if sums_2N is None else (sums_2N[0].data_ptr(), sums_2N[1].data_ptr())
-        return native.quantize(name, w.data_ptr(), "BF16", n, k, outs, err2, ref2)
+        return native.quantize(
+            name, w.data_ptr(), "BF16", n, k, outs, err2, ref2, global_scale=scale
+        )
 
     return call
 
@@ -68,15 +79,17 @@ def cases_of(name: str, w: torch.Tensor, rounds: int) -> list[Case]:
     tensors = kernels.quantize_native(w)
     expected = kernels.quantize_torch(w)
     for suffix, tensor in tensors.items():
-        if not torch.equal(tensor.view(torch.uint8), expected[suffix].view(torch.uint8)):
+        if not torch.equal(
+            *(each.reshape(-1).view(torch.uint8) for each in (tensor, expected[suffix]))
+        ):
             sys.exit(f"kernels_cpu.py: native and torch differ in {name} {suffix}")
     sums_2N = torch.zeros(2, w.shape[0], dtype=torch.float64)
     out_NK = torch.zeros_like(w)
     n, k = w.shape
 
     def dequantize() -> None:
-        ins = [tensor.data_ptr() for tensor in tensors.values()]
-        native.dequantize(name, ins, "BF16", n, k, out_NK.data_ptr())
+        ins, scale = row_tensors(kernels, tensors)
+        native.dequantize(name, ins, "BF16", n, k, out_NK.data_ptr(), global_scale=scale)
 
     return [
         Case(f"{name}.quantize_native", native_call(name, w, tensors, None), rounds),
@@ -119,8 +132,9 @@ def main() -> None:
     n, k = (int(size) for size in options.shape.split("x"))
     w = (torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     rows = []
-    for name in qkernels.formats():
-        cases = cases_of(name, w, options.rounds)
+    amax = Case("amax_native", lambda: native.amax(w.data_ptr(), "BF16", n * k), options.rounds)
+    for name in qkernels.codecs():
+        cases = [*cases_of(name, w, options.rounds), *([amax] if not rows else [])]
         for case, ms in zip(cases, medians_ms(cases), strict=True):
             rows.append(
                 Row(

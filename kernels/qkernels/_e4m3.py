@@ -13,18 +13,6 @@ E4M3_MAX = 448.0
 E4M3_LIMIT = 464.0
 
 
-def scale_from_amax(amax: Tensor, *, source: torch.dtype) -> Tensor:
-    """Scales, f32, from the largest finite magnitudes `amax`, f32 and not negative.
-
-    amax == 0 gives 1.0. Otherwise amax, at least the smallest normal number of the source dtype, is
-    divided by 448 in f32.
-    """
-    # a tensor, not a number: CUDA turns division by a Python number into a multiplication
-    largest = torch.full_like(amax, E4M3_MAX)
-    scale = amax.clamp(min=torch.finfo(source).tiny) / largest
-    return torch.where(amax == 0, 1.0, scale)
-
-
 def encode(w: Tensor, scale: Tensor, *, negative: Tensor) -> Tensor:
     """Codes, float8_e4m3fn, of w / scale; both f32, scale broadcasts.
 
@@ -41,18 +29,3 @@ def encode(w: Tensor, scale: Tensor, *, negative: Tensor) -> Tensor:
 def sign_bits(w: Tensor) -> Tensor:
     """Mask, bool, of the elements of w (bf16, f16 or f32) whose sign bit is set."""
     return w.view(torch.int32 if w.dtype == torch.float32 else torch.int16) < 0
-
-
-def decode(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """value(codes) * scale, an f32 product rounded once to dtype, nearest even; contiguous.
-
-    Every NaN is the positive quiet NaN of dtype. Products beyond the range of dtype become
-    infinite.
-    """
-    product = codes.to(torch.float32, memory_format=torch.contiguous_format) * scale
-    return product.to(dtype).masked_fill(product.isnan(), torch.nan)
-
-
-def saturated(w: Tensor, scale: Tensor) -> Tensor:
-    """Mask, bool, of the finite elements of w that clip by more than rounding; scale broadcasts."""
-    return w.isfinite() & ((w / scale).abs() > E4M3_LIMIT)

@@ -30,23 +30,22 @@ class RowStats:
     """[] int64: finite elements clipped by more than rounding."""
 
 
-def error_stats(w_NK: Tensor, value_NK: Tensor, scale_NS: Tensor, saturated_NK: Tensor) -> RowStats:
-    """Statistics of w_NK (f32) against value_NK * scale, per row.
+def error_stats(w_NK: Tensor, value_NK: Tensor, scale_NK: Tensor, saturated_NK: Tensor) -> RowStats:
+    """Statistics of w_NK (f32) against value_NK * scale_NK, per row.
 
-    value_NK: f32, what the codes stand for before scaling. scale_NS: f32, one per segment of 128
-    columns. saturated_NK: bool, finite elements clipped by more than rounding.
+    value_NK: f32, what the codes stand for before scaling. scale_NK: f32, positive. saturated_NK:
+    bool, finite elements clipped by more than rounding.
 
     Up to eight squares are added in f32, 16 columns apart, in the order and the unit that the
     native library uses; the f64 sums of those differ from its in the last bits only. So the two
     agree to about 15 digits, while all but an eighth of the work is f32.
     """
-    segments = scale_NS.shape[1]
-    unit_NS = _unit(scale_NS)
     finite_NK = w_NK.isfinite()
-    ref_NSC = _segments(w_NK.where(finite_NK, 0.0), segments) * unit_NS[:, :, None]
-    value_NSC = _segments(value_NK.where(finite_NK, 0.0), segments)
-    diff_NSC = ref_NSC - value_NSC * (scale_NS * unit_NS)[:, :, None]
-    back_NS1 = (1.0 / unit_NS.double().square())[:, :, None]
+    unit_NS1 = _unit(_segments(scale_NK).amax(2, keepdim=True))
+    ref_NSC = _segments(w_NK.where(finite_NK, 0.0)) * unit_NS1
+    value_NSC = _segments(value_NK.where(finite_NK, 0.0))
+    diff_NSC = ref_NSC - value_NSC * (_segments(scale_NK) * unit_NS1)
+    back_NS1 = 1.0 / unit_NS1.double().square()
     return RowStats(
         err2_N=(_lane_squares(diff_NSC) * back_NS1).sum(dim=(1, 2)),
         ref2_N=(_lane_squares(ref_NSC) * back_NS1).sum(dim=(1, 2)),
@@ -61,9 +60,10 @@ def _unit(scale: Tensor) -> Tensor:
     return ((254 - exponent) << 23).view(torch.float32)
 
 
-def _segments(x_NK: Tensor, segments: int) -> Tensor:
+def _segments(x_NK: Tensor) -> Tensor:
     """The columns in segments of 128, padded with zeros: [N, S, 128]."""
     n, k = x_NK.shape
+    segments = -(-k // SEGMENT)
     padded = torch.nn.functional.pad(x_NK, (0, segments * SEGMENT - k))
     return padded.view(n, segments, SEGMENT)
 

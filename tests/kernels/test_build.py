@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from qkernels import formats, native
+from qkernels import codecs, native
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def build() -> ModuleType:
 
 def test_a_machine_with_a_compiler_has_the_native_kernels(build: ModuleType) -> None:
     """Else the suite would skip what tests them and stay green."""
-    assert not build.compilers() or [name for name in formats() if not native.supports(name)] == []
+    assert not build.compilers() or [name for name in codecs() if not native.supports(name)] == []
 
 
 @pytest.mark.parametrize("command", ["false", "no-such-compiler", 'gcc "'])

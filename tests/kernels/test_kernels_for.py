@@ -1,4 +1,4 @@
-"""Finding a format's kernels by name."""
+"""Finding a codec by name."""
 
 import subprocess
 import sys
@@ -6,30 +6,41 @@ import sys
 import pytest
 
 import qkernels
+from qkernels.codec import Codec
 from qkernels.errors import KernelError
 
-
-@pytest.mark.parametrize("name", ["FP8_PB_WO", "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN"])
-def test_a_format_is_its_module(name):
-    assert qkernels.kernels_for(name).__name__ == f"qkernels.{name.lower()}"
-
-
-def test_formats_are_the_files():
-    assert qkernels.formats() == ["FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]
-
-
-@pytest.mark.parametrize("name", qkernels.formats())
-def test_every_format_exports_the_protocol(name):
-    wanted = [member for member in vars(qkernels.Kernels) if not member.startswith("_")]
-    module = qkernels.kernels_for(name)
-
-    assert len(wanted) == 9
-    assert [member for member in wanted if not callable(getattr(module, member, None))] == []
+NAMES = [
+    "FP8",
+    "FP8_PB_WO",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
+    "W4A16_AWQ",
+    "W4A8_NVFP4_FP8",
+    "W8A16",
+]
 
 
-@pytest.mark.parametrize("name", ["NVFP9", "native", "stats", "_e4m3", "", "../errors", "errors"])
+def test_codecs_are_the_files():
+    assert qkernels.codecs() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_codec_is_what_its_module_holds(name):
+    codec = qkernels.kernels_for(name)
+
+    assert isinstance(codec, Codec)
+    assert codec.name == name
+    assert qkernels.kernels_for(name.lower()) is codec
+    assert sys.modules[f"qkernels.{name.lower()}"].CODEC is codec
+
+
+@pytest.mark.parametrize(
+    "name", ["NVFP9", "native", "stats", "codec", "_e4m3", "", "../errors", "errors", "fp8.py"]
+)
 def test_unknown_name_lists_what_exists(name):
-    with pytest.raises(KernelError, match="there are FP8_PB_WO, FP8_PER_CHANNEL_PER_TOKEN"):
+    with pytest.raises(KernelError, match=f"there are {', '.join(NAMES)}$"):
         qkernels.kernels_for(name)
 
 
@@ -37,10 +48,10 @@ def test_unknown_name_lists_what_exists(name):
     ("statement", "absent"),
     [
         (
-            "import qkernels, qkernels.native; qkernels.native.available()",
+            "import qkernels, qkernels.native; qkernels.native.available(); qkernels.codecs()",
             ["torch", "triton", "numpy"],
         ),
-        ("import qkernels; qkernels.kernels_for('FP8_PB_WO')", ["triton"]),
+        ("import qkernels; [qkernels.kernels_for(name) for name in qkernels.codecs()]", ["triton"]),
     ],
 )
 def test_imports_stay_light(statement, absent):

@@ -1,4 +1,4 @@
-"""The C kernels on raw addresses: what the format tests, which go through tensors, do not see."""
+"""The C kernels on raw addresses: memory, threads, builds and settings, whatever the codec."""
 
 import importlib.util
 import subprocess
@@ -6,25 +6,28 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
-import qkernels
 from qkernels import native
 from qkernels.errors import KernelError
 
+from . import native_calls as calls
+
 HATCH_BUILD = Path(__file__).parents[2] / "hatch_build.py"
-NUMPY = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="libqkernels.so was not built: python hatch_build.py"
 )
 
+normal, quantize = calls.normal, calls.quantize
+# sums and bytes for any codec: not amax / 448 of anything
+GLOBAL_SCALE = 2.0**-9
 
-@pytest.fixture(params=qkernels.formats())
-def format_name(request):
+
+@pytest.fixture(params=calls.CODECS.values(), ids=calls.CODECS)
+def codec(request):
     return request.param
 
 
@@ -33,154 +36,130 @@ def dtype(request):
     return request.param
 
 
-def normal(shape, dtype, seed=0):
-    return np.random.default_rng(seed).normal(0, 0.02, shape).astype(NUMPY[dtype])
+def bytes_of(result):
+    """All that a call wrote."""
+    return [array.tobytes() for array in (*result.outs, result.sums)]
 
 
-def num_scales(format_name, n, k):
-    return -(-n // 128) * -(-k // 128) if format_name == "FP8_PB_WO" else n
+def columns(codec, about):
+    """`about`, down to what the codec's groups divide."""
+    return about // codec.steps[1] * codec.steps[1]
 
 
-def quantize(format_name, w, dtype, *, statistics=True, library=native):
-    """Bytes of the codes, scales, both sums and counts of one call."""
-    n, k = w.shape
-    codes = np.full((n, k), 0x5A, np.uint8)
-    scale = np.full(num_scales(format_name, n, k), np.nan, np.float32)
-    sums = np.full((2, n), np.nan)
-    addresses = [array.ctypes.data for array in sums] if statistics else [0, 0]
-    counts = library.quantize(
-        format_name, w.ctypes.data, dtype, n, k, [codes.ctypes.data, scale.ctypes.data], *addresses
-    )
-    return codes, scale, sums, counts
-
-
-def decoded(format_name, codes, scale):
-    n, k = codes.shape
-    value = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    if format_name != "FP8_PB_WO":
-        return value * scale[:, None]
-    blocks = scale.reshape(-(-n // 128), -(-k // 128))
-    return value * np.repeat(np.repeat(blocks, 128, 0), 128, 1)[:n, :k]
-
-
-def test_statistics_are_those_of_the_definition(format_name, dtype):
+def test_statistics_are_those_of_the_definition(codec, dtype):
     """Lanes add eight f32 squares at a time, hence 1e-6 and not 1e-14."""
-    w = normal((150, 1100), dtype)
+    w = normal((150, columns(codec, 1100)), dtype)
 
-    codes, scale, sums, counts = quantize(format_name, w, dtype)
+    result = quantize(codec, w, dtype, global_scale=GLOBAL_SCALE)
 
-    w_f32 = w.astype(np.float32)
-    error = (w_f32 - decoded(format_name, codes, scale)).astype(np.float64)
-    np.testing.assert_allclose(sums[0], (error**2).sum(1), rtol=1e-6)
-    np.testing.assert_allclose(sums[1], (w_f32.astype(np.float64) ** 2).sum(1), rtol=1e-6)
-    assert counts == (0, 0)
-
-
-@pytest.mark.parametrize("exponent", [-36, -25, 0, 25, 36])
-def test_statistics_neither_overflow_nor_underflow(format_name, exponent):
-    """Squares of 1e36 or 1e-36 are outside of f32."""
-    w = (normal((4, 300), "F32") * 10.0**exponent).astype(np.float32)
-
-    codes, scale, sums, _ = quantize(format_name, w, "F32")
-
-    error = w.astype(np.float64) - decoded(format_name, codes, scale).astype(np.float64)
-    np.testing.assert_allclose(sums[0], (error**2).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(sums[1], (w.astype(np.float64) ** 2).sum(1), rtol=1e-6)
+    w_f64 = w.astype(np.float64)
+    restored = calls.restored(codec, result.outs, "F32", GLOBAL_SCALE).astype(np.float64)
+    np.testing.assert_allclose(result.sums[0], ((w_f64 - restored) ** 2).sum(1), rtol=2e-6)
+    np.testing.assert_allclose(result.sums[1], (w_f64**2).sum(1), rtol=1e-6)
 
 
-def test_statistics_change_no_byte(format_name, dtype):
-    w = normal((200, 1000), dtype)
+@pytest.mark.parametrize("exponent", [-33, -25, 0, 25, 36])
+def test_statistics_neither_overflow_nor_underflow(codec, exponent):
+    """Squares of 1e36 or 1e-33 are outside of f32."""
+    w = (normal((4, columns(codec, 384)), "F32") * 10.0**exponent).astype(np.float32)
+    global_scale = float(np.float32(GLOBAL_SCALE * 10.0**exponent))
 
-    with_sums = quantize(format_name, w, dtype)
-    without = quantize(format_name, w, dtype, statistics=False)
+    result = quantize(codec, w, "F32", global_scale=global_scale)
 
-    assert with_sums[0].tobytes() == without[0].tobytes()
-    assert with_sums[1].tobytes() == without[1].tobytes()
+    w_f64 = w.astype(np.float64)
+    restored = calls.restored(codec, result.outs, "F32", global_scale).astype(np.float64)
+    np.testing.assert_allclose(result.sums[0], ((w_f64 - restored) ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(result.sums[1], (w_f64**2).sum(1), rtol=1e-6)
 
 
-def test_nonfinite_elements_are_counted_and_left_out(format_name, dtype):
-    w = normal((150, 300), dtype)
+def test_statistics_change_no_byte(codec, dtype):
+    w = normal((200, columns(codec, 1000)), dtype)
+
+    with_sums = quantize(codec, w, dtype)
+    without = quantize(codec, w, dtype, statistics=False)
+
+    assert bytes_of(with_sums)[:-1] == bytes_of(without)[:-1]
+    assert np.isnan(without.sums).all()
+
+
+def test_nonfinite_elements_are_counted_and_left_out(codec, dtype):
+    w = normal((150, columns(codec, 384)), dtype)
     clean = w.copy()
     w[0, :3] = [np.nan, np.inf, -np.inf]
-    w[140, 299] = np.nan
-    clean[w != w] = clean[np.isinf(w)] = 0
+    w[140, -1] = np.nan
+    clean[~np.isfinite(w)] = 0
 
-    *_, sums, counts = quantize(format_name, w, dtype)
-    *_, clean_sums, clean_counts = quantize(format_name, clean, dtype)
+    result = quantize(codec, w, dtype)
+    expected = quantize(codec, clean, dtype)
 
-    assert counts == native.Counts(num_nonfinite=4, num_saturated=0)
-    assert clean_counts == (0, 0)
-    assert sums.tobytes() == clean_sums.tobytes()
-
-
-@pytest.mark.parametrize("k", [2304, 1000])
-def test_slices_of_rows_give_the_same_doubles(format_name, k):
-    w = normal((384, k), "BF16")
-    whole = quantize(format_name, w, "BF16")
-    parts = [quantize(format_name, w[start : start + 128], "BF16") for start in (0, 128, 256)]
-
-    for index in range(3):
-        axis = 1 if index == 2 else 0
-        joined = np.concatenate([part[index] for part in parts], axis=axis)
-
-        assert joined.tobytes() == whole[index].tobytes()
+    assert result.counts.num_nonfinite == 4
+    assert expected.counts.num_nonfinite == 0
+    assert result.sums.tobytes() == expected.sums.tobytes()
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty_weights(format_name, shape):
-    _, scale, sums, counts = quantize(format_name, normal(shape, "F32"), "F32")
+@pytest.mark.parametrize("k", [8448, 1000])
+def test_slices_of_rows_give_the_same_bytes_and_doubles(codec, k):
+    """1024 and 8192 columns are read at a time."""
+    w = normal((384, columns(codec, k)), "BF16")
+    step = codec.block_rows
+    starts = [0, 128, 256] if step == 128 else [0, step, 7 * step, 128]
 
-    assert counts == (0, 0)
-    assert (scale == 1.0).all()
-    assert (sums == 0.0).all()
+    whole = quantize(codec, w, "BF16")
+    parts = [
+        quantize(codec, w[start:stop], "BF16")
+        for start, stop in zip(starts, [*starts[1:], 384], strict=True)
+    ]
+
+    for index in range(len(whole.outs)):
+        joined = np.concatenate([part.outs[index] for part in parts])
+        assert joined.tobytes() == whole.outs[index].tobytes()
+    sums = np.concatenate([part.sums for part in parts], axis=1)
+    assert sums.tobytes() == whole.sums.tobytes()
+    assert whole.counts == tuple(np.sum([part.counts for part in parts], axis=0))
+
+
+def test_empty_weights(codec, dtype):
+    for n, k in ((0, columns(codec, 256)), (4, 0), (0, 0)):
+        result = quantize(codec, normal((n, k), dtype), dtype)
+
+        assert result.counts == (0, 0)
+        assert (result.sums == 0.0).all()
+    if codec.form.scale == "row":
+        assert (quantize(codec, normal((4, 0), dtype), dtype).outs[1] == 1.0).all()
 
 
 @pytest.mark.parametrize("byte", [0x5A, 0xA5])
-def test_nothing_outside_the_outputs_is_written(format_name, dtype, byte):
+def test_nothing_outside_the_outputs_is_written(codec, dtype, byte):
     """Buffers at odd elements of larger ones: only their element type aligns them."""
-    n, k = 131, 133
-    scales = num_scales(format_name, n, k)
-    source = np.zeros(n * k + 1, NUMPY[dtype])
+    row_step, column_step = codec.steps
+    n = 131 * row_step
+    k = 133 if column_step == 1 else 9 * column_step
+    source = np.zeros(n * k + 1, calls.NUMPY[dtype])
     source[1:] = normal(n * k, dtype)
-    expected = quantize(format_name, source[1:].reshape(n, k), dtype)
-    sizes = {"codes": n * k, "scale": 4 * scales, "err2": 8 * n, "ref2": 8 * n}
-    padded = {name: np.full(size + 128, byte, np.uint8) for name, size in sizes.items()}
-    starts = {"codes": 65, "scale": 68, "err2": 72, "ref2": 72}
-    at = {name: padded[name].ctypes.data + starts[name] for name in sizes}
+    expected = quantize(codec, source[1:].reshape(n, k), dtype)
+    wanted = bytes_of(expected)[:-1] + [row.tobytes() for row in expected.sums]
+    items = [array.itemsize for array in expected.outs] + [8, 8]
+    padded = [np.full(len(data) + 128, byte, np.uint8) for data in wanted]
+    starts = [64 + itemsize for itemsize in items]
+    at = [buffer.ctypes.data + start for buffer, start in zip(padded, starts, strict=True)]
 
-    native.quantize(
-        format_name,
-        source.ctypes.data + source.itemsize,
-        dtype,
-        n,
-        k,
-        [at["codes"], at["scale"]],
-        at["err2"],
-        at["ref2"],
-    )
+    address = source.ctypes.data + source.itemsize
+    native.quantize(codec.name, address, dtype, n, k, at[:-2], *at[-2:])
 
-    for name, buffer in padded.items():
-        start, stop = starts[name], starts[name] + sizes[name]
-        outside = np.concatenate([buffer[:start], buffer[stop:]])
-
-        assert (outside == byte).all(), name
-    inside = {name: padded[name][starts[name] : starts[name] + sizes[name]] for name in sizes}
-    assert inside["codes"].tobytes() == expected[0].tobytes()
-    assert inside["scale"].tobytes() == expected[1].tobytes()
-    assert inside["err2"].tobytes() + inside["ref2"].tobytes() == expected[2].tobytes()
+    for buffer, start, data in zip(padded, starts, wanted, strict=True):
+        assert (buffer[:start] == byte).all()
+        assert buffer[start : start + len(data)].tobytes() == data
+        assert (buffer[start + len(data) :] == byte).all()
 
 
-def test_dequantize_writes_only_its_output(format_name, dtype):
-    w = normal((131, 133), dtype)
-    codes, scale, *_ = quantize(format_name, w, dtype)
+def test_dequantize_writes_only_its_output(codec, dtype):
+    w = normal((2, 133 if codec.steps[1] == 1 else 9 * codec.steps[1]), dtype)
+    outs = quantize(codec, w, dtype).outs
     out = np.full(w.nbytes + 128, 0x5A, np.uint8)
 
-    native.dequantize(
-        format_name, [codes.ctypes.data, scale.ctypes.data], dtype, *w.shape, out.ctypes.data + 64
-    )
+    native.dequantize(codec.name, calls.addresses(outs), dtype, *w.shape, out.ctypes.data + 64)
 
-    expected = decoded(format_name, codes, scale).astype(NUMPY[dtype])
-    assert out[64:-64].tobytes() == expected.tobytes()
+    assert out[64:-64].tobytes() == calls.restored(codec, outs, dtype, 1.0).tobytes()
     assert (out[:64] == 0x5A).all()
     assert (out[-64:] == 0x5A).all()
 
@@ -198,76 +177,52 @@ def other_build(request, tmp_path_factory):
     return library
 
 
-def test_every_build_gives_the_same_bytes_and_doubles(format_name, dtype, other_build, monkeypatch):
-    w = normal((200, 1300), dtype)
+def test_every_build_gives_the_same_bytes_and_doubles(codec, dtype, other_build, monkeypatch):
+    w = normal((200, columns(codec, 1300)), dtype)
     w[5, 7] = np.nan
-    expected = quantize(format_name, w, dtype)
+    expected = quantize(codec, w, dtype, global_scale=GLOBAL_SCALE / 8)
     monkeypatch.setattr(native, "LIBRARY", other_build)
 
-    actual = quantize(format_name, w, dtype)
+    actual = quantize(codec, w, dtype, global_scale=GLOBAL_SCALE / 8)
 
-    for index in range(3):
-        assert actual[index].tobytes() == expected[index].tobytes()
-    assert actual[3] == expected[3]
+    assert bytes_of(actual) == bytes_of(expected)
+    assert actual.counts == expected.counts
 
 
-def test_flush_to_zero_of_the_process_does_not_reach_the_kernel(format_name):
-    """2^-126 / 448 is subnormal: flushed to zero, the scale would be 0 and every code NaN."""
-    w = np.full((2, 3), 2.0**-126, np.float32)
-    expected = quantize(format_name, w, "F32")
+def test_flush_to_zero_of_the_process_does_not_reach_the_kernel(codec):
+    """2^-126 / 448 and 2^-9 * 2^-120 are subnormal: flushed to zero, codes would be others."""
+    w = np.full((2, 128), 2.0**-126, np.float32)
+    w[:, ::3] *= 0.4
+    expected = quantize(codec, w, "F32", global_scale=2.0**-120)
+    restored = calls.dequantize(codec, expected.outs, "F32", w.shape, 2.0**-120)
     torch.set_flush_denormal(True)
     try:
-        actual = quantize(format_name, w, "F32")
+        actual = quantize(codec, w, "F32", global_scale=2.0**-120)
+        again = calls.dequantize(codec, expected.outs, "F32", w.shape, 2.0**-120)
         still_set = float(torch.tensor(2.0**-126) / 448) == 0.0
     finally:
         torch.set_flush_denormal(False)
 
-    assert (expected[1] > 0).all()
-    assert actual[1].tobytes() == expected[1].tobytes()
-    assert actual[0].tobytes() == expected[0].tobytes()
+    assert expected.outs[0].any()
+    assert bytes_of(actual) == bytes_of(expected)
+    assert again.tobytes() == restored.tobytes()
     assert still_set
 
 
-def test_threads_do_not_disturb_each_other(format_name):
-    weights = [normal((256, 512), "BF16", seed) for seed in range(8)]
-    expected = [quantize(format_name, w, "BF16") for w in weights]
+def test_threads_do_not_disturb_each_other(codec):
+    weights = [normal((128, 512), "BF16", seed) for seed in range(8)]
+    expected = [bytes_of(quantize(codec, w, "BF16")) for w in weights]
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            actual = list(pool.map(lambda w: quantize(format_name, w, "BF16"), weights))
+            actual = pool.map(lambda w: bytes_of(quantize(codec, w, "BF16")), weights)
 
-            for one, other in zip(actual, expected, strict=True):
-                assert [array.tobytes() for array in one[:3]] == [
-                    array.tobytes() for array in other[:3]
-                ]
+            assert list(actual) == expected
 
 
-@pytest.mark.parametrize("n", [0, 1, 127, 128, 8192, 20001])
-def test_count_nonfinite(dtype, n):
-    w = normal(n + 1, dtype)
-    w[0] = np.nan
-    places = sorted({0, n // 3, n - 1} - {-1}) if n else []
-
-    assert native.count_nonfinite(w.ctypes.data + w.itemsize, dtype, n) == 0
-
-    w[1:][places] = [np.nan, -np.inf, np.inf][: len(places)]
-
-    assert native.count_nonfinite(w.ctypes.data + w.itemsize, dtype, n) == len(places)
-
-
-def test_every_pattern_counts_as_in_numpy(dtype):
-    if dtype == "F32":
-        patterns = np.arange(0, 1 << 32, 65521, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    else:
-        patterns = np.arange(1 << 16, dtype=np.uint16).view(NUMPY[dtype])
-    expected = np.count_nonzero(~np.isfinite(patterns.astype(np.float32)))
-
-    assert native.count_nonfinite(patterns.ctypes.data, dtype, patterns.size) == expected
-
-
-def test_supports_what_the_library_has(format_name):
-    assert native.supports(format_name)
-    assert native.supports(format_name.lower())
+def test_supports_what_the_library_has(codec):
+    assert native.supports(codec.name)
+    assert native.supports(codec.name.lower())
     assert not native.supports("NVFP9")
 
 
@@ -290,11 +245,13 @@ def test_a_missing_library_is_not_available(monkeypatch, tmp_path):
 
 def test_unknown_names_are_errors():
     with pytest.raises(KernelError, match="expected a dtype of BF16, F16, F32, got F64"):
-        native.count_nonfinite(0, "F64", 0)
+        native.quantize("FP8", 0, "F64", 0, 0, [0])
     with pytest.raises(KernelError, match="no symbol qk_nvfp9_quantize"):
         native.quantize("NVFP9", 0, "BF16", 0, 0, [0, 0])
     with pytest.raises(KernelError, match="both or neither"):
         native.quantize("FP8_PB_WO", 0, "BF16", 0, 0, [0, 0], 8, 0)
+    with pytest.raises(KernelError, match="no symbol qk_nvfp9_dequantize"):
+        native.dequantize("NVFP9", [0, 0], "BF16", 0, 0, 0)
 
 
 def test_compiling_in_place_names_the_failure(tmp_path):

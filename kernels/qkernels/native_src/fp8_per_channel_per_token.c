@@ -1,51 +1,25 @@
-/* FP8_PER_CHANNEL_PER_TOKEN: e4m3, one f32 scale per row. Layout: see
- * ../fp8_per_channel_per_token.py */
+/* FP8_PER_CHANNEL_PER_TOKEN: e4m3, one f32 scale per row: outs {weight U8 [N, K], weight_scale
+ * F32 [N]}. Layout: see ../fp8_per_channel_per_token.py */
 #include "qk_fp8.h"
 
-/* largest finite magnitude of a row, as its pattern; *finite says whether all elements are */
-QK_INLINE uint32_t row_max_bits(const void *w, int64_t cols, int dtype, int *finite,
-                                int64_t *counts) {
-    qk_max max;
-    memset(&max, 0, sizeof max);
-    for (int64_t c = 0; c < cols; c += QK_SEGMENT) {
-        if (cols - c >= QK_SEGMENT)
-            qk_max_add(&max, qk_at(w, c, dtype), QK_SEGMENT, dtype);
-        else
-            qk_max_add(&max, qk_at(w, c, dtype), cols - c, dtype);
-    }
-    uint32_t bits = qk_max_bits(&max, dtype);
-    *finite = bits < qk_inf(dtype);
-    return *finite ? bits : qk_max_finite_bits(w, cols, dtype, counts + QK_NUM_NONFINITE);
-}
-
-QK_INLINE void quantize(const void *w, int dtype, int64_t rows, int64_t cols, uint8_t *codes,
-                        float *scales, double *err2, double *ref2, int64_t *counts) {
-    for (int64_t r = 0; r < rows; r++) {
-        const void *row = qk_at(w, r * cols, dtype);
-        qk_lanes lanes = {{0}, {0}};
-        int finite;
-        float amax = qk_from_max_bits(row_max_bits(row, cols, dtype, &finite, counts), dtype);
-        float scale = qk_e4m3_scale(amax, dtype);
-        /* division is monotonic: when amax does not saturate, nothing does */
-        int plain = finite && amax / scale <= QK_E4M3_LIMIT;
-        scales[r] = scale;
-        for (int64_t c = 0; c < cols; c += QK_SEGMENT) {
-            int64_t n = cols - c < QK_SEGMENT ? cols - c : QK_SEGMENT;
-            qk_prefetch(qk_at(row, cols + c, dtype), QK_SEGMENT, dtype);
-            qk_e4m3_span(qk_at(row, c, dtype), n, dtype, scale, plain, codes + r * cols + c,
-                         err2 ? &lanes : NULL, counts + QK_NUM_SATURATED);
-        }
-        if (err2) {
-            err2[r] = qk_sum_lanes(lanes.err2);
-            ref2[r] = qk_sum_lanes(lanes.ref2);
-        }
-    }
-}
-
-QK_INLINE void dequantize(const uint8_t *codes, const float *scales, int dtype, int64_t rows,
-                          int64_t cols, void *out) {
+QK_CLONES static void quantize(const void *w, int dtype, int64_t rows, int64_t cols, float global,
+                               void *const *outs, double *err2, double *ref2, int64_t *counts) {
+    float *scales = outs[1];
+    (void)global;
     for (int64_t r = 0; r < rows; r++)
-        qk_e4m3_dequantize_span(codes, r * cols, cols, dtype, scales[r], out);
+        qk_e4m3_row(qk_at(w, r * cols, dtype), cols, dtype, 1, scales + r,
+                    (uint8_t *)outs[0] + r * cols, err2 ? err2 + r : NULL, ref2 ? ref2 + r : NULL,
+                    counts);
 }
 
-QK_FP8_EXPORT(fp8_per_channel_per_token)
+QK_CLONES static void dequantize(const void *const *ins, float global, int dtype, int64_t rows,
+                                 int64_t cols, void *out) {
+    const uint8_t *codes = ins[0];
+    const float *scales = ins[1];
+    (void)global;
+    for (int64_t r = 0; r < rows; r++)
+        qk_e4m3_dequantize_row(codes + r * cols, cols, dtype, scales[r],
+                               qk_out_at(out, r * cols, dtype));
+}
+
+QK_EXPORT_CODEC(fp8_per_channel_per_token, 1, 1)

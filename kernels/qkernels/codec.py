@@ -1,0 +1,401 @@
+"""What every format's kernels have in common: one `Codec` per module, the same methods on all.
+
+A codec's module holds what is particular to it: the shapes of its tensors, the torch reference,
+what its codes stand for, and the launches of its Triton kernels. Everything else is here: checks,
+batches, the scale of a whole weight, native calls, dequantization, statistics. No format's name
+may be compared in this file.
+
+Shapes: N rows out, K columns in, E matrices of a batch, R = E * N rows of all of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from qkernels import native
+from qkernels._scales import GlobalScale, scale_from_amax
+from qkernels.errors import KernelError
+from qkernels.stats import RowStats, by_row_chunks, error_stats
+
+SOURCE_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+Shapes: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Codec(ABC):
+    """Quantize and dequantize in one format, by the reference, Triton and C: the same bytes.
+
+    A weight is [N, K] or a batch [E, N, K], bf16, f16 or f32, any strides, any values. Tensors are
+    keyed by suffix: codes, then scales by block or row, then the scale of the whole weight, which
+    is [] for a matrix and [E] for a batch.
+    """
+
+    name: str
+    # rows that share a scale or a byte; N and K of every weight must be multiples
+    block_rows = 1
+    multiple_of_n = 1
+    multiple_of_k = 1
+    # elements in a byte of the codes, along N and along K
+    packed_n = 1
+    packed_k = 1
+    global_scale: GlobalScale | None = None
+    # w / scale beyond these clips by more than rounding
+    limits: tuple[float, float]
+
+    # what a format's module says
+
+    @abstractmethod
+    def shapes(self, n: int, k: int) -> Shapes:
+        """Suffix -> (dtype, shape) of the tensors whose first dimension follows the rows."""
+
+    @abstractmethod
+    def encode(self, w_NK: Tensor, global_scale: Tensor | None) -> tuple[Tensor, ...]:
+        """Those tensors, by the reference; w_NK is a checked matrix, contiguous."""
+
+    @abstractmethod
+    def values(self, codes: Tensor) -> Tensor:
+        """Numbers that the codes stand for before scaling, f32 [N, K]."""
+
+    @abstractmethod
+    def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        """What each number is multiplied with, f32, broadcasts to [n, k]."""
+
+    @abstractmethod
+    def launch_quantize(
+        self, w_RK: Tensor, outs: tuple[Tensor, ...], global_scale_E: Tensor | None, n: int
+    ) -> None:
+        """Fill `outs` by the Triton kernel; n rows of w_RK, contiguous, belong to each matrix."""
+
+    @abstractmethod
+    def launch_dequantize(
+        self, ins: tuple[Tensor, ...], global_scale_E: Tensor | None, n: int, out_RK: Tensor
+    ) -> None:
+        """Fill out_RK, contiguous, by the Triton kernel."""
+
+    # what callers use
+
+    def quantize_torch(self, w: Tensor, *, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Quantized tensors by the reference.
+
+        global_scale: f32 [], or [E] for a batch; of formats that have one, default its own amax's.
+        Raises: KernelError for another rank, dtype or size.
+        """
+        n, k = self._check_weight(w)
+        scale = self._own_scale(w, global_scale, self.amax_torch)
+        if w.ndim == 3:
+            return self._batch(w, scale, self.quantize_torch)
+        tensors = self.encode(w.detach().contiguous(), scale)
+        return self._named(dict(zip(self.shapes(n, k), tensors, strict=True)), scale)
+
+    def quantize_triton(
+        self, w: Tensor, *, global_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The same tensors as quantize_torch, by the Triton kernel, on the device of w.
+
+        A batch is one launch, unless its matrices end within a block of rows.
+        """
+        n, k = self._check_weight(w)
+        scale = self._own_scale(w, global_scale, self.amax_triton)
+        if not w.numel():
+            return self.quantize_torch(w, global_scale=scale)
+        if w.ndim == 3 and n % self.block_rows:
+            return self._batch(w, scale, self.quantize_triton)
+        batch = w.shape[:-2]
+        w_RK = w.detach().contiguous().view(prod(batch) * n, k)
+        outs = _empty(self.shapes(w_RK.shape[0], k), w.device)
+        scale_E = None if scale is None else scale.view(-1)
+        self.launch_quantize(w_RK, tuple(outs.values()), scale_E, n)
+        shaped = {
+            suffix: outs[suffix].view(*batch, *shape)
+            for suffix, (_, shape) in self.shapes(n, k).items()
+        }
+        return self._named(shaped, scale)
+
+    def quantize_native(
+        self, w: Tensor, *, global_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The same tensors as quantize_torch, by the C kernel; w is on the CPU.
+
+        Raises: KernelError also when w is on another device or there is no native kernel.
+        """
+        n, k = self._check_weight(w)
+        _check_cpu(w)
+        scale = self._own_scale(w, global_scale, self.amax_native)
+        if w.ndim == 3:
+            return self._batch(w, scale, self.quantize_native)
+        source, outs = w.detach().contiguous(), _empty(self.shapes(n, k), w.device)
+        addresses = [tensor.data_ptr() for tensor in outs.values()]
+        dtype = SOURCE_DTYPES[w.dtype]
+        native.quantize(
+            self.name, source.data_ptr(), dtype, n, k, addresses, global_scale=_number(scale)
+        )
+        return self._named(outs, scale)
+
+    def quantize(self, w: Tensor, *, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The same tensors as quantize_torch, by the fastest implementation for w's device."""
+        if w.is_cuda:
+            return self.quantize_triton(w, global_scale=global_scale)
+        if w.device.type == "cpu" and native.supports(self.name):
+            return self.quantize_native(w, global_scale=global_scale)
+        return self.quantize_torch(w, global_scale=global_scale)
+
+    def dequantize_torch(
+        self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The weight, [N, K] or [E, N, K] of dtype (bf16, f16 or f32), by the reference.
+
+        value(code) * scale in f32, rounded once to dtype, nearest even; a product beyond the range
+        of dtype becomes infinite; every NaN is the positive quiet NaN.
+
+        Raises: KernelError for other names, dtypes or shapes.
+        """
+        batch, n, k = self._check_tensors(tensors, dtype)
+        if batch:
+            parts = [self.dequantize_torch(part, dtype=dtype) for part in _unbind(tensors)]
+            return torch.stack(parts) if parts else self._empty_weight(tensors, dtype)
+        product = self.values(self._codes(tensors)) * self.scales(tensors, n, k)
+        decoded = product.to(dtype).masked_fill(product.isnan(), torch.nan)
+        # not .contiguous(), which leaves the strides of a single row or column alone
+        return decoded.expand(n, k).clone(memory_format=torch.contiguous_format)
+
+    def dequantize_triton(
+        self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The same weight as dequantize_torch, by the Triton kernel, on the tensors' device."""
+        batch, n, k = self._check_tensors(tensors, dtype)
+        if batch and n % self.block_rows:
+            parts = [self.dequantize_triton(part, dtype=dtype) for part in _unbind(tensors)]
+            return torch.stack(parts) if parts else self._empty_weight(tensors, dtype)
+        out = self._empty_weight(tensors, dtype)
+        if out.numel():
+            out_RK = out.view(prod(batch) * n, k)
+            shapes = self.shapes(out_RK.shape[0], k)
+            ins = tuple(
+                tensors[suffix].detach().contiguous().view(shape)
+                for suffix, (_, shape) in shapes.items()
+            )
+            scale = self._given_scale(tensors)
+            scale_E = None if scale is None else scale.contiguous().view(-1)
+            self.launch_dequantize(ins, scale_E, n, out_RK)
+        return out
+
+    def dequantize_native(
+        self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The same weight as dequantize_torch, by the C kernel; the tensors are on the CPU."""
+        batch, n, k = self._check_tensors(tensors, dtype)
+        _check_cpu(self._codes(tensors))
+        if batch:
+            parts = [self.dequantize_native(part, dtype=dtype) for part in _unbind(tensors)]
+            return torch.stack(parts) if parts else self._empty_weight(tensors, dtype)
+        ins = [tensors[suffix].detach().contiguous() for suffix in self.shapes(n, k)]
+        out = self._empty_weight(tensors, dtype)
+        native.dequantize(
+            self.name,
+            [tensor.data_ptr() for tensor in ins],
+            SOURCE_DTYPES[dtype],
+            n,
+            k,
+            out.data_ptr(),
+            global_scale=_number(self._given_scale(tensors)),
+        )
+        return out
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The same weight as dequantize_torch, by the fastest implementation for the device."""
+        self._check_tensors(tensors, dtype)
+        codes = self._codes(tensors)
+        if codes.is_cuda:
+            return self.dequantize_triton(tensors, dtype=dtype)
+        if codes.device.type == "cpu" and native.supports(self.name):
+            return self.dequantize_native(tensors, dtype=dtype)
+        return self.dequantize_torch(tensors, dtype=dtype)
+
+    def row_stats(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> RowStats:
+        """What quantization lost of the matrix w_NK; bounded memory, no wait for the device.
+
+        Raises: KernelError for a batch, other names, dtypes or shapes, or those of another weight.
+        """
+        n, k = self._check_weight(w_NK)
+        found = self._check_tensors(tensors, w_NK.dtype)
+        if w_NK.ndim != 2 or found != ((), n, k):
+            raise KernelError(
+                f"expected the tensors of a weight of shape (N, K), got {tuple(w_NK.shape)} "
+                f"and tensors of shape {(*found[0], *found[1:])}"
+            )
+        w_NK = w_NK.detach()
+        low, high = self.limits
+
+        def chunk(start: int, stop: int) -> RowStats:
+            before, after = self.shapes(start, k), self.shapes(stop, k)
+            part = {
+                suffix: tensors[suffix][before[suffix][1][0] : after[suffix][1][0]]
+                for suffix in after
+            }
+            if self.global_scale is not None:
+                part[self.global_scale.suffix] = tensors[self.global_scale.suffix]
+            rows = stop - start
+            w_f32_NK = w_NK[start:stop].float()
+            scale_NK = self.scales(part, rows, k).expand(rows, k)
+            y_NK = w_f32_NK / scale_NK
+            clipped_NK = w_f32_NK.isfinite() & ((y_NK > high) | (y_NK < low))
+            return error_stats(w_f32_NK, self.values(self._codes(part)), scale_NK, clipped_NK)
+
+        return by_row_chunks(w_NK, chunk, multiple=self.block_rows)
+
+    def amax_torch(self, w: Tensor) -> Tensor:
+        """Largest finite magnitude, f32 [], or [E] of a batch; exact, 0.0 of nothing."""
+        magnitude = w.detach().abs().flatten(w.ndim - 2)
+        finite = magnitude.where(magnitude.isfinite(), 0.0)
+        return (finite.amax(-1) if finite.shape[-1] else finite.sum(-1)).float()
+
+    def amax_triton(self, w: Tensor) -> Tensor:
+        """The same as amax_torch, by a Triton kernel, on the device of w."""
+        from qkernels import _triton_amax
+
+        flat_EM = w.detach().contiguous().view(prod(w.shape[:-2]), w.shape[-2] * w.shape[-1])
+        amax_E = torch.zeros(flat_EM.shape[0], dtype=torch.float32, device=w.device)
+        if flat_EM.numel():
+            _triton_amax.amax(flat_EM, amax_E)
+        return amax_E.view(w.shape[:-2])
+
+    def amax_native(self, w: Tensor) -> Tensor:
+        """The same as amax_torch, by the C kernel; w is on the CPU."""
+        _check_cpu(w)
+        if w.ndim == 3:
+            parts = [self.amax_native(matrix) for matrix in w]
+            return torch.stack(parts) if parts else torch.empty(0)
+        source = w.detach().contiguous()
+        amax, _ = native.amax(source.data_ptr(), SOURCE_DTYPES[w.dtype], source.numel())
+        return torch.tensor(amax, dtype=torch.float32)
+
+    # checks and small parts
+
+    def _check_weight(self, w: Tensor) -> tuple[int, int]:
+        if w.ndim not in (2, 3):
+            shape = tuple(w.shape)
+            raise KernelError(f"expected a weight of shape (N, K) or (E, N, K), got shape {shape}")
+        _check_dtype(w.dtype)
+        n, k = w.shape[-2:]
+        self._check_size(n, k)
+        return n, k
+
+    def _check_size(self, n: int, k: int) -> None:
+        for axis, size, multiple in (("N", n, self.multiple_of_n), ("K", k, self.multiple_of_k)):
+            if size % multiple:
+                raise KernelError(f"expected {axis} in multiples of {multiple}, got {size}")
+
+    def _check_tensors(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], int, int]:
+        """(batch, N, K) of tensors that are as they should be, batch () or (E,)."""
+        _check_dtype(dtype)
+        names = [*self.shapes(0, 0), *([self.global_scale.suffix] if self.global_scale else [])]
+        if set(tensors) != set(names):
+            raise KernelError(f"expected the tensors {sorted(names)}, got {sorted(tensors)}")
+        codes = self._codes(tensors)
+        if codes.ndim not in (2, 3):
+            shape = tuple(codes.shape)
+            raise KernelError(f"expected {names[0]} of shape (N, K) or (E, N, K), got {shape}")
+        n, k = codes.shape[-2] * self.packed_n, codes.shape[-1] * self.packed_k
+        self._check_size(n, k)
+        batch = tuple(codes.shape[:-2])
+        expected = {
+            suffix: (dtype, (*batch, *shape))
+            for suffix, (dtype, shape) in self.shapes(n, k).items()
+        }
+        if self.global_scale is not None:
+            expected[self.global_scale.suffix] = (torch.float32, batch)
+        for suffix, (wanted, shape) in expected.items():
+            tensor = tensors[suffix]
+            if tensor.dtype != wanted or tuple(tensor.shape) != shape:
+                raise KernelError(
+                    f"expected {suffix} of dtype {wanted} and shape {shape}, "
+                    f"got dtype {tensor.dtype} and shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != codes.device:
+                raise KernelError(
+                    f"expected {suffix} on {codes.device} beside {names[0]}, got {tensor.device}"
+                )
+        return batch, n, k
+
+    def _own_scale(
+        self, w: Tensor, given: Tensor | None, amax: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        if self.global_scale is None:
+            if given is not None:
+                raise KernelError(f"{self.name} has no scale of the whole weight, got one")
+            return None
+        if given is None:
+            return scale_from_amax(amax(w), source=w.dtype, divisor=self.global_scale.divisor)
+        if given.dtype != torch.float32 or given.shape != w.shape[:-2]:
+            raise KernelError(
+                f"expected a global scale of dtype float32 and shape {tuple(w.shape[:-2])}, "
+                f"got dtype {given.dtype} and shape {tuple(given.shape)}"
+            )
+        return given.to(w.device).contiguous()
+
+    def _given_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return tensors[self.global_scale.suffix] if self.global_scale else None
+
+    def _named(self, tensors: dict[str, Tensor], scale: Tensor | None) -> dict[str, Tensor]:
+        if self.global_scale is not None and scale is not None:
+            tensors[self.global_scale.suffix] = scale
+        return tensors
+
+    def _codes(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors[next(iter(self.shapes(0, 0)))]
+
+    def _batch(
+        self, w: Tensor, scale: Tensor | None, quantize: Callable[..., dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Tensors of a batch, matrix by matrix."""
+        n, k = w.shape[-2:]
+        parts = [
+            quantize(matrix, global_scale=None if scale is None else scale[place])
+            for place, matrix in enumerate(w)
+        ]
+        if not parts:
+            shapes = {
+                suffix: (dtype, (0, *shape)) for suffix, (dtype, shape) in self.shapes(n, k).items()
+            }
+            return self._named(_empty(shapes, w.device), scale)
+        return {suffix: torch.stack([part[suffix] for part in parts]) for suffix in parts[0]}
+
+    def _empty_weight(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes = self._codes(tensors)
+        n, k = codes.shape[-2] * self.packed_n, codes.shape[-1] * self.packed_k
+        return torch.empty(*codes.shape[:-2], n, k, dtype=dtype, device=codes.device)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in SOURCE_DTYPES:
+        names = ", ".join(str(known) for known in SOURCE_DTYPES)
+        raise KernelError(f"expected a dtype of {names}, got {dtype}")
+
+
+def _check_cpu(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise KernelError(f"expected a tensor on the CPU, got one on {tensor.device}")
+
+
+def _empty(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:
+    return {
+        suffix: torch.empty(shape, dtype=dtype, device=device)
+        for suffix, (dtype, shape) in shapes.items()
+    }
+
+
+def _unbind(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    num = len(next(iter(tensors.values())))
+    return [{suffix: tensor[place] for suffix, tensor in tensors.items()} for place in range(num)]
+
+
+def _number(scale: Tensor | None) -> float:
+    return 1.0 if scale is None else float(scale)
