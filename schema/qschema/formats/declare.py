@@ -46,6 +46,8 @@ class TensorSpec(Strict):
     shared: Sharing = "own"
     # False where some modules of a right checkpoint do without it
     required: bool = True
+    # False of a `global` scale that the codes are not multiplied with on dequantization
+    scales_codes: bool = True
 
 
 class Format(Strict):

@@ -28,6 +28,7 @@ FORMAT = Format(
             meaning="amax / 448, the largest of fused siblings; no part of the codes",
             divisor=448.0,
             shared="siblings",
+            scales_codes=False,
         ),
         input_scale(divisor=448.0, zero=448.0, shared="siblings"),
         PRE_QUANT_SCALE,
