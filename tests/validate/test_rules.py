@@ -120,8 +120,11 @@ def test_smoothing_is_optional_module_by_module(algo: str, tmp_path: Path) -> No
     ]
 
 
-def test_mixed_config_may_leave_the_list_to_the_other_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", [MIXED, MIXED.lower()])
+def test_mixed_config_may_leave_the_list_to_the_other_file(tmp_path: Path, spelling: str) -> None:
+    """In any case of letters, as vLLM takes it."""
     made = draft("llama", MIXED)
+    made.quantization["quant_algo"] = spelling
     del made.quantization["quantized_layers"]
     findings = check(made.write(tmp_path / "made"), "vllm")
 
@@ -232,6 +235,12 @@ def test_number_of_a_vision_layer_is_not_counted_up_to(tmp_path: Path) -> None:
         ("missing_o_proj", "loads-but-wrong"),
         ("module_without_its_weight", "loads-but-wrong"),
         ("missing_embedding", "loads-but-wrong"),
+        ("missing_scale", "loads-but-wrong"),
+        ("missing_block_scales", "refuses"),
+        ("nan_among_block_scales", "refuses"),
+        ("plain_linear_in_no_list", "refuses"),
+        ("missing_global_scale", "loads-but-wrong"),
+        ("nan_global_scale", "loads-but-wrong"),
     ],
 )
 def test_prediction_is_what_vllm_does(name: str, expected: str, tmp_path: Path) -> None:
@@ -243,6 +252,23 @@ def test_prediction_is_what_vllm_does(name: str, expected: str, tmp_path: Path) 
 
     assert predict(findings, engine="vllm")[0] == expected
     assert any(found.severity == "error" for found in findings)
+
+
+def test_vllm_drops_the_input_scale_of_a_weight_only_format(tmp_path: Path) -> None:
+    made = draft("llama", "W4A16_NVFP4")
+    made.put(f"{Q}.input_scale", ("F32", (), f32(0.5)), beside=f"{Q}.weight")
+    findings = check(made.write(tmp_path / "made"), "vllm")
+
+    assert [(found.rule, found.severity) for found in findings] == [("orphan-tensor", "warning")]
+    assert predict(findings, engine="vllm") == ("loads", [])
+
+
+def test_vllm_looks_at_no_scale_of_experts(tmp_path: Path) -> None:
+    made = draft("mixtral", "NVFP4")
+    made.pop("model.layers.0.block_sparse_moe.experts.0.w1.weight_scale")
+    findings = check(made.write(tmp_path / "made"), "vllm")
+
+    assert predict(findings, engine="vllm") == ("loads-but-wrong", ["missing-tensor"])
 
 
 def test_every_rule_has_a_fault() -> None:

@@ -1,13 +1,15 @@
 """Smoothed weights: compared by what the checkpoint tells of the smoothing, wherever it went."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import FIXTURES, Draft, Tensor, draft
-from encoded import encode, raw
+from encoded import Smooth, encode, raw, weight
 
+from qschema.checkpoint import open_checkpoint
 from qschema.strict import Finding
 from qvalidate.loader import load
 from qvalidate.weights import weight_findings
@@ -42,9 +44,16 @@ def smooth(module: str, w_NK: torch.Tensor, *, in_linear: bool) -> torch.Tensor:
     return made
 
 
-def smoothed(algo: str, *, in_linear: bool) -> Draft:
-    """Return llama after AWQ: in the norms, in up_proj or beside the weights."""
-    made = draft("llama", algo, encode=partial(encode, smooth=partial(smooth, in_linear=in_linear)))
+def smoothed(algo: str, *, in_linear: bool, edit: Smooth = lambda module, w_NK: w_NK) -> Draft:
+    """Return llama after AWQ: in the norms, in up_proj or beside the weights.
+
+    edit: what to make of a source's weight before.
+    """
+
+    def quantized(module: str, w_NK: torch.Tensor) -> torch.Tensor:
+        return smooth(module, edit(module, w_NK), in_linear=in_linear)
+
+    made = draft("llama", algo, encode=partial(encode, smooth=quantized))
     for layer in LAYERS:
         for norm in set(NORMS.values()):
             name = f"{layer}.{norm}.weight"
@@ -104,6 +113,36 @@ def test_wrong_scales_are_found_through_the_smoothing(
     # a factor that is only up_proj's shows in down_proj
     where = DOWN if module == UP else module
     assert errors(made, tmp_path) == [("weight-error", f"{where}.weight")]
+
+
+def without_some_rows(module: str, w_NK: torch.Tensor) -> torch.Tensor:
+    """Return up_proj with a row of zeros, and one that no code is small enough for."""
+    found = w_NK.clone()
+    if module.endswith("up_proj"):
+        found[3] = 0
+        found[4] *= 2.0**-22
+    return found
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_rows_that_do_not_tell_their_smoothing_leave_it_to_the_columns(
+    tmp_path: Path, is_wrong: bool
+) -> None:
+    """Dead neurons: the columns of down_proj are smoothed all the same, and still compared."""
+    made = smoothed("NVFP4_AWQ", in_linear=True, edit=without_some_rows)
+    source = Path(shutil.copytree(SOURCE, tmp_path / "source"))
+    for stored in open_checkpoint(source).tensors.values():
+        changed = raw(without_some_rows(stored.name.removesuffix(".weight"), weight(stored)))
+        with open(stored.file, "r+b") as file:
+            file.seek(stored.offset)
+            file.write(changed)
+    if is_wrong:
+        dtype, shape, data = made.tensor(f"{DOWN}.weight")
+        made.put(f"{DOWN}.weight", (dtype, shape, data[len(data) // 2 :] * 2))
+    found = weight_findings(load(made.write(tmp_path / "made")), source)
+
+    errors = [(item.rule, item.where) for item in found if item.severity == "error"]
+    assert errors == [("weight-error", f"{DOWN}.weight")] * is_wrong
 
 
 def test_signs_are_no_smoothing(tmp_path: Path) -> None:

@@ -197,3 +197,21 @@ def plain_experts_beside_a_quantized_shared_one(draft: Draft) -> None:
 @fault("vllm-partial-fusion", f"{K}.weight", algo="NVFP4", engine=True)
 def one_part_of_qkv_in_nvfp4_listed(draft: Draft) -> None:
     draft.set_exclude([*draft.exclude, K])
+
+
+@fault("vllm-scale-not-loaded", f"{Q}.weight_scale", algo="NVFP4", engine=True)
+def missing_block_scales(draft: Draft) -> None:
+    draft.pop(f"{Q}.weight_scale")
+
+
+@fault("vllm-scale-not-loaded", f"{GATE}.weight_scale", algo="W4A16_NVFP4", engine=True)
+def nan_among_block_scales(draft: Draft) -> None:
+    dtype, shape, data = draft.tensor(f"{GATE}.weight_scale")
+    draft.put(f"{GATE}.weight_scale", (dtype, shape, data[:-1] + b"\x7f"))
+
+
+@fault("vllm-scale-not-loaded", "model.layers.0.mlp.gate.weight_scale", algo="NVFP4", engine=True)
+def plain_linear_in_no_list(draft: Draft) -> None:
+    draft.put(
+        "model.layers.0.mlp.gate.weight", ("BF16", (4, 256), bytes(2048)), beside=f"{Q}.weight"
+    )

@@ -2,10 +2,11 @@
 
     python validate/evidence/collect.py OUT_DIR --python ENGINES_PYTHON [--device cpu] [-j 2]
 
-For llama, qwen3 and mixtral in every format: convert, `qvalidate --engine vllm --reference`, keep
-the JSON as OUT_DIR/<model>-<format>.json. Then llama with the scales of one projection times 8,
-which no rule sees. OUT_DIR/run.json keeps date, commit ($COMMIT, else git's) and command. Prints a
-table; exits 1 if prediction and engine disagree anywhere, or if the run confirmed nothing at all.
+For llama, qwen3 and mixtral in every format that vLLM is said to read, and mixed (FP8 attention,
+NVFP4 elsewhere): convert, `qvalidate --engine vllm --reference`, keep the JSON as
+OUT_DIR/<model>-<format>.json. Then llama with a scale of one projection times 8. OUT_DIR/run.json
+keeps date, commit ($COMMIT, else git's) and command. Prints a table; exits 1 if prediction and
+engine disagree anywhere, or if the run confirmed nothing at all.
 """
 
 import argparse
@@ -27,26 +28,49 @@ from qvalidate.result import Result
 
 CHECKPOINTS = Path(__file__).parents[2] / "fixtures" / "checkpoints"
 MODELS = ("llama", "qwen3", "mixtral")
-DAMAGED = "model.layers.0.self_attn.q_proj.weight_scale"
+DAMAGED = "model.layers.0.self_attn.q_proj"
+MIXED = "mixed"
+MIXED_RULES = [{"match": "*.self_attn.*", "algo": "FP8"}, {"match": "*", "algo": "NVFP4"}]
+
+
+def cases() -> list[str]:
+    """Return the formats that vLLM is said to read, and the mixed recipe."""
+    read = [
+        name
+        for name, declared in formats().items()
+        if any(reader.startswith("vLLM") for reader in declared.readers)
+    ]
+    return [*read, MIXED]
 
 
 def convert(model: str, algo: str, out_dir: Path, device: str) -> None:
     """Make `out_dir` from the fixture `model`."""
     code = "from qconvert.cli import main; main()"
-    argv = [str(CHECKPOINTS / model), str(out_dir), "--algo", algo, "--device", device, "-q"]
+    argv = [str(CHECKPOINTS / model), str(out_dir), "--device", device, "-q"]
+    argv += ["--amax", str(CHECKPOINTS.parent / "amax" / f"{model}.json")]
+    if algo == MIXED:
+        recipe = out_dir.with_suffix(".json")
+        recipe.write_text(json.dumps({"rules": MIXED_RULES}))
+        argv += ["--recipe", str(recipe)]
+    else:
+        argv += ["--algo", algo]
     subprocess.run([sys.executable, "-c", code, *argv], check=True)
 
 
 def scale_by_eight(checkpoint: Path) -> None:
-    """Multiply the scales of one projection by 8, in place."""
+    """Multiply the scales of one projection by 8, in place: F32 ones, or E8M0 exponents."""
     import numpy as np
 
     for file in sorted(checkpoint.glob("*.safetensors")):
-        stored = read_header(file).tensors.get(DAMAGED)
-        if stored is not None:
-            view = np.memmap(file, "<f4", "r+", stored.offset, (stored.nbytes // 4,))
-            view *= 8
-            view.flush()
+        tensors = read_header(file).tensors
+        for suffix in ("weight_scale", "weight_scale_2"):
+            stored = tensors.get(f"{DAMAGED}.{suffix}")
+            if stored is not None and stored.dtype in ("F32", "U8"):
+                dtype = "<f4" if stored.dtype == "F32" else "u1"
+                count = stored.nbytes // np.dtype(dtype).itemsize
+                view = np.memmap(file, dtype, "r+", stored.offset, (count,))
+                view[:] = view * 8 if stored.dtype == "F32" else view + 3
+                view.flush()
 
 
 def validate(case: str, model: str, *, work: Path, python: str, out_dir: Path) -> Result:
@@ -125,21 +149,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         shutil.copytree(CHECKPOINTS, work / "source")
-        cases = [(f"{model}-{algo.lower()}", model, algo) for model in MODELS for algo in formats()]
-        for case, model, algo in cases:
+        todo = [(f"{model}-{algo.lower()}", model, algo) for model in MODELS for algo in cases()]
+        for case, model, algo in todo:
             convert(model, algo, work / case, args.device)
-        for algo in formats():
+        for algo in cases():
             case = f"llama-{algo.lower()}-scales_x8"
             shutil.copytree(work / f"llama-{algo.lower()}", work / case)
             scale_by_eight(work / case)
-            cases.append((case, "llama", algo))
+            todo.append((case, "llama", algo))
 
         def run(case: tuple[str, str, str]) -> Result:
             return validate(case[0], case[1], work=work, python=args.python, out_dir=args.out_dir)
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            results = list(pool.map(run, cases))
-    for (case, _, _), result in zip(cases, results, strict=True):
+            results = list(pool.map(run, todo))
+    for (case, _, _), result in zip(todo, results, strict=True):
         print(row(case, result))
     if status(results):
         print("not as predicted, or nothing confirmed: see the table", file=sys.stderr)

@@ -110,12 +110,8 @@ def _dequantize_torch(
 
 
 def global_spec(declared: Format) -> TensorSpec | None:
-    """Return the declaration of the scale of the whole weight, None if the codes have none.
-
-    It multiplies where no f32 scale stands by itself: W4A8_AWQ's is for the kernel's arithmetic.
-    """
-    stands_alone = any(spec.dtype == "F32" for spec in declared.specs("scale"))
-    return None if stands_alone else next(iter(declared.specs("global")), None)
+    """Return the declaration of the scale of the whole weight, None if the codes have none."""
+    return next((spec for spec in declared.specs("global") if spec.scales_codes), None)
 
 
 def global_scale(declared: Format, outputs: Mapping[str, Source]) -> float:

@@ -56,7 +56,7 @@ class QuantConfig:
     @property
     def is_mixed(self) -> bool:
         """Whether it lists the quantized layers, so that what it does not name is unquantized."""
-        return bool(self.body.get("quantized_layers")) or self.algo == MIXED
+        return bool(self.body.get("quantized_layers")) or (self.algo or "").upper() == MIXED
 
     @property
     def layers(self) -> Mapping[str, str]:

@@ -10,9 +10,11 @@ What a group may be off, for ||w - decoded|| over its n elements w with the scal
     + 2^-8 ||w||                     other writers round the quotient to bf16 first (ModelOpt's
                                      FP8), or the scale; 2^-6 for a smoothed weight, which they
                                      round three times more
-    + ||what is beyond the codes||   (|w| - L S, L the largest code) of elements that are clipped,
-                                     if none is beyond 2 L S: a search for the best scale
-                                     (MSE, awq_clip down to half of the range) clips some
+
+Or else, if no |w| is beyond 2 L S, L the largest code, all of this for w clipped to L S: a search
+for the best scale (MSE, awq_clip down to half of the range) clips some elements. The same holds for
+any part of a group, so each row of one is judged by itself too: a few wrong rows are lost in the
+norm of a large weight with one scale.
 
 S counts as at most twice what the group's largest |w| asks for, so that a scale that is too large
 for its weights is not excused by itself; four-over-six scales are 1.5 times that. It counts in full
@@ -24,7 +26,7 @@ nearest ones (GPTQ) are beyond this, and can be judged by an engine's output onl
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from qschema.formats import Format
@@ -71,11 +73,15 @@ class Deviation:
 
 @dataclass
 class _Sums:
-    """By row or group: squares of error, source and what is clipped; the largest |w|; the scale."""
+    """By row or group: sums of squares, the largest |w|, the scale.
+
+    `error` and `norm` are those of the source, the clipped ones of the source within the codes.
+    """
 
     error: "F64"
     norm: "F64"
-    clipped: "F64"
+    clipped_error: "F64"
+    clipped_norm: "F64"
     largest: "F32"
     scales: "F32"
 
@@ -101,19 +107,17 @@ def deviation(pair: Pair) -> Deviation:
     if not pair.rows * pair.columns:
         return found
     limits = _limits(pair)
-    carried: _Sums | None = None
+    # a group that goes through all slices is judged at the end
+    waiting: list[_Sums] = []
     with np.errstate(all="ignore"):
-        for start, stop in pair.slices():
-            sums = _slice_sums(pair, limits, (start, stop), found)
+        for span in pair.slices():
+            sums = _slice_sums(pair, limits, span, found)
             if pair.steps[0] < pair.rows:
-                cuts = np.arange(0, stop - start, pair.steps[0])
-                _judge(found, _reduced(sums, cuts), pair, (start, stop), limits)
-                continue
-            # a group goes through all slices
-            part = _reduced(sums, np.zeros(1, np.intp))
-            carried = part if carried is None else _added(carried, part)
-        if carried is not None:
-            _judge(found, carried, pair, (0, pair.rows), limits)
+                _judge(found, sums, pair, span, limits)
+            else:
+                waiting.append(sums)
+        if waiting:
+            _judge(found, _joined(waiting), pair, (0, pair.rows), limits)
     return found
 
 
@@ -145,7 +149,8 @@ def _slice_sums(pair: Pair, limits: _Limits, span: tuple[int, int], found: Devia
     sums = _Sums(
         error=np.empty(shape),
         norm=np.empty(shape),
-        clipped=np.zeros(shape),
+        clipped_error=np.empty(shape),
+        clipped_norm=np.empty(shape),
         largest=np.empty(shape, np.float32),
         scales=np.empty(shape, np.float32),
     )
@@ -174,12 +179,17 @@ def _add_chunk(
     sums.error[rows] = _squares(error_RK, step)
     magnitude_RK = np.abs(source_RK)
     sums.largest[rows] = _largest(magnitude_RK, step)
+    sums.clipped_error[rows], sums.clipped_norm[rows] = sums.error[rows], sums.norm[rows]
     reach_RG = chunk.scales_RG * np.float32(limits.largest)
-    explained = np.float32(1 + limits.relative)
-    if (sums.largest[rows] > reach_RG * explained).any():
+    is_clipped = sums.largest[rows] > reach_RG * np.float32(1 + limits.relative)
+    if is_clipped.any():
+        reach_RG = np.where(is_clipped, reach_RG, np.float32(np.inf))
         reach_RK = np.repeat(reach_RG, step, axis=1)[:, : source_RK.shape[1]]
-        clipped_RK = np.where(magnitude_RK > reach_RK * explained, magnitude_RK - reach_RK, 0)
-        sums.clipped[rows] = _squares(clipped_RK, step)
+        clipped_RK = np.clip(source_RK, -reach_RK, reach_RK)
+        # NaN and Inf of the source stay out of it
+        error_RK = np.where(error_RK == 0, 0, clipped_RK - chunk.decoded_RK)
+        sums.clipped_error[rows] = _squares(error_RK, step)
+        sums.clipped_norm[rows] = _squares(clipped_RK, step)
 
 
 def _squares(values_RK: "F32", step: int) -> "F64":
@@ -211,6 +221,15 @@ def _parts(
         yield values_RK[:, None, whole * step :]
 
 
+def _joined(parts: list[_Sums]) -> _Sums:
+    import numpy as np
+
+    names = [field.name for field in fields(_Sums)]
+    return _Sums(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    )
+
+
 def _reduced(sums: _Sums, cuts: "npt.NDArray[np.intp]") -> _Sums:
     """Return the sums of the groups of rows that begin at `cuts`."""
     import numpy as np
@@ -218,62 +237,82 @@ def _reduced(sums: _Sums, cuts: "npt.NDArray[np.intp]") -> _Sums:
     return _Sums(
         error=np.add.reduceat(sums.error, cuts, axis=0),
         norm=np.add.reduceat(sums.norm, cuts, axis=0),
-        clipped=np.add.reduceat(sums.clipped, cuts, axis=0),
+        clipped_error=np.add.reduceat(sums.clipped_error, cuts, axis=0),
+        clipped_norm=np.add.reduceat(sums.clipped_norm, cuts, axis=0),
         largest=np.maximum.reduceat(sums.largest, cuts, axis=0),
         scales=sums.scales[cuts],
-    )
-
-
-def _added(one: _Sums, other: _Sums) -> _Sums:
-    import numpy as np
-
-    return _Sums(
-        error=one.error + other.error,
-        norm=one.norm + other.norm,
-        clipped=one.clipped + other.clipped,
-        largest=np.maximum(one.largest, other.largest),
-        scales=one.scales,
     )
 
 
 def _judge(
     found: Deviation, sums: _Sums, pair: Pair, span: tuple[int, int], limits: _Limits
 ) -> None:
-    """Count the groups of one slice that are beyond the bound, and keep the worst group."""
+    """Count the groups of one slice that are beyond the bound, and keep the worst of them.
+
+    A group is beyond it as a whole, or by one of its rows.
+    """
     import numpy as np
 
-    error, norm = np.sqrt(sums.error), np.sqrt(sums.norm)
-    # a NaN is not below the bound either
-    is_beyond = ~(error <= _allowed(sums, norm, pair, span, limits))
-    relative = np.where(error == 0, 0.0, error / norm)
-    rank = np.where(is_beyond, np.where(np.isnan(relative), np.inf, relative), -1.0)
-    at_n, at_k = np.unravel_index(int(rank.argmax()), rank.shape)
-    is_worse = not found.num_beyond or rank[at_n, at_k] > found.error
-    if is_beyond[at_n, at_k] and is_worse:
-        row, column = span[0] + int(at_n) * pair.steps[0], int(at_k) * pair.steps[1]
-        found.rows = (row, min(span[1], row + pair.steps[0]))
-        found.columns = (column, min(pair.columns, column + pair.steps[1]))
-        found.error = float(relative[at_n, at_k])
-    found.num_groups += rank.size
+    step = pair.steps[0]
+    cuts = np.arange(0, span[1] - span[0], step)
+    groups = _reduced(sums, cuts)
+    is_beyond = _is_beyond(groups, pair, span, step, limits)
+    _keep_worst(found, groups, is_beyond, pair, span, step)
+    if step > 1:
+        spread = np.repeat(np.arange(len(cuts)), np.diff([*cuts, span[1] - span[0]]))
+        rows = replace(sums, largest=groups.largest[spread])
+        is_beyond_row = _is_beyond(rows, pair, span, 1, limits) & ~is_beyond[spread]
+        _keep_worst(found, rows, is_beyond_row, pair, span, 1)
+        is_beyond |= np.logical_or.reduceat(is_beyond_row, cuts, axis=0)
+    found.num_groups += is_beyond.size
     found.num_beyond += int(np.count_nonzero(is_beyond))
 
 
-def _allowed(sums: _Sums, norm: "F64", pair: Pair, span: tuple[int, int], limits: _Limits) -> "F64":
-    """Return how large the error of each group may be."""
+def _keep_worst(
+    found: Deviation,
+    sums: _Sums,
+    is_beyond: "npt.NDArray[np.bool_]",
+    pair: Pair,
+    span: tuple[int, int],
+    step: int,
+) -> None:
+    """Keep the worst part, of `step` rows, if it is worse than what was found before."""
+    import numpy as np
+
+    relative = np.where(sums.error == 0, 0.0, np.sqrt(sums.error) / np.sqrt(sums.norm))
+    rank = np.where(is_beyond, np.where(np.isnan(relative), np.inf, relative), -1.0)
+    at_n, at_k = np.unravel_index(int(rank.argmax()), rank.shape)
+    if rank[at_n, at_k] > found.error or (is_beyond[at_n, at_k] and found.rows == (0, 0)):
+        row, column = span[0] + int(at_n) * step, int(at_k) * pair.steps[1]
+        found.rows = (row, min(span[1], row + step))
+        found.columns = (column, min(pair.columns, column + pair.steps[1]))
+        found.error = float(relative[at_n, at_k])
+
+
+def _is_beyond(
+    sums: _Sums, pair: Pair, span: tuple[int, int], step: int, limits: _Limits
+) -> "npt.NDArray[np.bool_]":
+    """Return which parts, of `step` rows, are beyond the bound."""
     import numpy as np
 
     scale, largest = sums.scales.astype(np.float64), sums.largest.astype(np.float64)
     needed = np.maximum(largest, limits.tiny) / limits.largest
     floor = limits.half_step * np.minimum(scale, 2 * needed + limits.free_scale)
-    count = np.multiply.outer(
-        _extents(*span, pair.steps[0]), _extents(0, pair.columns, pair.steps[1])
-    )
-    allowed: F64 = np.sqrt((limits.relative * norm) ** 2 + count * floor**2)
-    allowed += limits.rounding * norm
+    count = np.multiply.outer(_extents(*span, step), _extents(0, pair.columns, pair.steps[1]))
+
+    def is_within(error: "F64", norm: "F64") -> "npt.NDArray[np.bool_]":
+        allowed: F64 = np.sqrt(limits.relative**2 * norm + count * floor**2)
+        allowed += limits.rounding * np.sqrt(norm)
+        allowed[norm == 0] = 0
+        within: npt.NDArray[np.bool_] = np.sqrt(error) <= allowed
+        return within
+
+    # a NaN is within nothing
     is_clip = largest <= _LARGEST_CLIP * limits.largest * scale
-    allowed += np.where(is_clip, np.sqrt(sums.clipped), 0.0)
-    allowed[norm == 0] = 0
-    return allowed
+    return ~(
+        is_within(sums.error, sums.norm)
+        | (is_clip & is_within(sums.clipped_error, sums.clipped_norm))
+    )
 
 
 def _extents(start: int, stop: int, step: int) -> "F64":

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     F32 = npt.NDArray[np.float32]
-    F64 = npt.NDArray[np.float64]
 
 # source bytes that are decoded at a time
 _SLICE_NBYTES = 4 << 20
 # elements that are compared at a time: their float64 stay in a core's cache
 _CHUNK_ELEMENTS = 1 << 15
+# of the norm of a row, for its factor to be trusted: twice what four bits usually leave
+_MOST_RESIDUE = 0.2
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,45 @@ def group_steps(declared: Format, *, rows: int, columns: int) -> tuple[int, int]
     )
 
 
-def row_factors(pair: Pair) -> "F64":
-    """Return for each row the factor that brings the source closest to what was decoded, [N].
+@dataclass(frozen=True)
+class Fit:
+    """The factors that bring a source closest to what was decoded; 1.0 where none above 0 does.
 
-    It is 1.0 for a row of zeros.
+    `is_sure` is False for those, and where what remains is too much for a factor.
     """
+
+    factors: "F32"
+    is_sure: "npt.NDArray[np.bool_]"
+
+
+def fit_rows(pair: Pair) -> Fit:
+    """Return a factor for each row, [N]."""
+    return _fit(pair, axis=0)
+
+
+def fit_columns(pair: Pair) -> Fit:
+    """Return a factor for each column, [K]."""
+    return _fit(pair, axis=1)
+
+
+def _fit(pair: Pair, *, axis: int) -> Fit:
     import numpy as np
 
-    found = np.ones(pair.rows)
+    dot, norm, decoded = np.zeros((3, pair.weight.shape[axis]))
+    summed = "rk,rk->r" if axis == 0 else "rk,rk->k"
     with np.errstate(all="ignore"):
         for span in pair.slices():
             for chunk in pair.chunks(*span):
-                source_RK = chunk.source_RK.astype(np.float64)
-                norm_R = np.einsum("rk,rk->r", source_RK, source_RK)
-                dot_R = np.einsum("rk,rk->r", source_RK, chunk.decoded_RK.astype(np.float64))
-                stop = chunk.start + len(source_RK)
-                found[chunk.start : stop] = np.where(norm_R > 0, dot_R / norm_R, 1.0)
-    return found
+                one = chunk.source_RK.astype(np.float64)
+                other = chunk.decoded_RK.astype(np.float64)
+                rows = slice(chunk.start, chunk.start + len(one)) if axis == 0 else slice(None)
+                dot[rows] += np.einsum(summed, one, other)
+                norm[rows] += np.einsum(summed, one, one)
+                decoded[rows] += np.einsum(summed, other, other)
+        factors = dot / norm
+        is_factor = np.isfinite(factors) & (factors > 0)
+        is_sure = is_factor & (decoded - dot * factors <= _MOST_RESIDUE**2 * decoded)
+    return Fit(np.where(is_factor, factors, 1.0).astype(np.float32), is_sure)
 
 
 def _step(axis: str, shape: tuple[str, ...], size: int) -> int:

@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, TypeAlias
 
 from qschema.dtypes import BITS
@@ -115,29 +116,26 @@ def _float_stats(stored: Stored) -> ScaleStats:
 
 def _byte_stats(stored: Stored, values: tuple[float, ...]) -> ScaleStats:
     """Return the stats of scales of one byte each; the smallest E8M0 is no denormal there."""
-    counts: Counter[int] = Counter()
+    ascending = sorted((code for code in range(256) if values[code] > 0), key=values.__getitem__)
+    positive, found = bytes(ascending), set[int]()
+    others: Counter[int] = Counter()
     for piece in _pieces(stored):
-        _count(piece, counts)
-    finite = [values[code] for code in counts if math.isfinite(values[code])]
+        # searches in C: one for what is odd, and one for every code beyond the extremes
+        others.update(piece.translate(None, positive))
+        for codes in (positive, positive[::-1]):
+            found.update(islice((code for code in codes if code in piece), 1))
+    finite = [values[code] for code in found.union(others) if math.isfinite(values[code])]
     return ScaleStats(
         stored=stored,
-        count=counts.total(),
-        num_nan=sum(num for code, num in counts.items() if math.isnan(values[code])),
+        count=stored.nbytes,
+        num_nan=sum(num for code, num in others.items() if math.isnan(values[code])),
         num_inf=0,
-        num_zero=sum(num for code, num in counts.items() if values[code] == 0),
-        num_negative=sum(num for code, num in counts.items() if values[code] < 0),
+        num_zero=sum(num for code, num in others.items() if values[code] == 0),
+        num_negative=sum(num for code, num in others.items() if values[code] < 0),
         num_denormal=0,
         minimum=min(finite, default=math.inf),
         maximum=max(finite, default=-math.inf),
     )
-
-
-def _count(piece: bytes, counts: Counter[int]) -> None:
-    """Add how often each byte occurs: a pass in C per value, over what the others left."""
-    while piece:
-        rest = piece.translate(None, piece[:1])
-        counts[piece[0]] += len(piece) - len(rest)
-        piece = rest
 
 
 def _pieces(stored: Stored) -> Iterator[bytes]:

@@ -5,7 +5,8 @@ A smoothed weight w / p is stored; where p went tells how to compare:
     pre_quant_scale of the module   p itself
     the norm before it              p is the stored norm over the source's
     the Linear before it            up_proj's rows have down_proj's p, v_proj's rows o_proj's: the
-                                    factors are fitted to up_proj and then hold for down_proj
+                                    factors are fitted to up_proj and then hold for down_proj,
+                                    whose columns are asked only where a row does not tell
 
 Source: ModelOpt 0.47.0 export/quant_utils.py:1300-1562.
 """
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qschema.checkpoint import Checkpoint
+from qschema.architectures import LINEAR_BEFORE
 from qschema.dtypes import HIGH_PRECISION
 from qschema.safetensors import Stored
 from qvalidate.context import Context, Module
 from qvalidate.decode import read, widen
 from qvalidate.layout import as_declared, sizes
-from qvalidate.pairs import Pair, Smoothing, row_factors
+from qvalidate.pairs import Pair, Smoothing, fit_columns, fit_rows
+from qvalidate.sources import Origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +46,8 @@ _NORMS: Mapping[str, tuple[str, ...]] = {
     "q_b_proj": ("{layer}.{parent}.q_a_layernorm",),
     "kv_b_proj": ("{layer}.{parent}.kv_a_layernorm",),
 }
-# leaf -> the Linear before it, whose rows may have taken its smoothing in
-_BEFORE = {"down_proj": "up_proj", "o_proj": "v_proj"}
-_AFTER = {before: leaf for leaf, before in _BEFORE.items()}
+# leaf -> the Linear after it, whose smoothing its rows may have taken in
+_LINEAR_AFTER = {before: leaf for leaf, before in LINEAR_BEFORE.items()}
 # norms that multiply with 1 + weight
 _OFFSET = "gemma"
 
@@ -60,7 +61,7 @@ class Smoothings:
     """What was taken out of the weights of `context`, by comparing with `source`."""
 
     context: Context
-    source: Checkpoint
+    source: Origin
 
     def of(self, module: Module, pair: Pair) -> Smoothing | None:
         """Return what was taken out of the weight of `module`, None in formats without smoothing.
@@ -72,16 +73,16 @@ class Smoothings:
             return None
         parent, _, leaf = module.name.rpartition(".")
         columns = self._columns(module, spec.suffix)
-        before = self.context.quantized.get(f"{parent}.{_BEFORE.get(leaf)}")
+        before = self.context.quantized.get(f"{parent}.{LINEAR_BEFORE.get(leaf)}")
         if columns is None and before is not None:
-            columns = self._fitted(before, module, spec.suffix)
+            columns = self._fitted(before, module, pair, spec.suffix)
         if columns is not None and len(columns) != pair.columns:
             raise UnknownSmoothingError(f"found {len(columns)} factors for {pair.columns} columns")
-        after = self.context.quantized.get(f"{parent}.{_AFTER.get(leaf)}")
+        after = self.context.quantized.get(f"{parent}.{_LINEAR_AFTER.get(leaf)}")
         if after is None or not self._may_fold(module, after, spec.suffix):
             return Smoothing(columns=columns)
-        plain = Pair(pair.weight, pair.outputs, pair.declared, Smoothing(columns))
-        return Smoothing(columns=columns, rows=_plausible(row_factors(plain)))
+        fit = fit_rows(Pair(pair.weight, pair.outputs, pair.declared, Smoothing(columns)))
+        return Smoothing(columns=columns, rows=fit.factors)
 
     @cached_property
     def folded(self) -> Mapping[str, tuple[str, ...]]:
@@ -129,17 +130,27 @@ class Smoothings:
         is_pair = len(columns.shape) == 2 and rows.shape[:1] == columns.shape[1:]
         return is_pair and sizes(before, before.declared) == rows.shape
 
-    def _fitted(self, before: Module, after: Module, suffix: str) -> "F32 | None":
-        """Return the factors that the rows of `before` have taken in, None if they can't have."""
+    def _fitted(self, before: Module, after: Module, pair: Pair, suffix: str) -> "F32 | None":
+        """Return the factors that the rows of `before` have taken in, None if they can't have.
+
+        Where a row does not tell, being zeros or too small for its codes, the column of `after`
+        does, which is `pair`.
+        """
+        import numpy as np
+
         declared = before.declared
         if declared is None or not self._may_fold(before, after, suffix):
             return None
         outputs = as_declared(before, declared)
         if outputs is None:
             raise UnknownSmoothingError(f"{before.name}, which holds the smoothing, is malformed")
-        pair = Pair(self.source.tensors[before.weight_name], outputs, declared)
-        smoothing = self.of(before, pair)
-        return smoothing.rows if smoothing else None
+        smoothing = Smoothing(self._columns(before, suffix))
+        weight = self.source.tensors[before.weight_name]
+        fit = fit_rows(Pair(weight, outputs, declared, smoothing))
+        if fit.is_sure.all():
+            return fit.factors
+        own = fit_columns(Pair(pair.weight, pair.outputs, pair.declared))
+        return np.where(fit.is_sure, fit.factors, 1 / own.factors)
 
     def _norm(self, module: Module) -> str | None:
         match = _LAYER.fullmatch(module.name)
@@ -160,14 +171,6 @@ class Smoothings:
 
 def _values(stored: Stored) -> "F32":
     return widen(read(stored, 0, stored.nbytes), stored.dtype)
-
-
-def _plausible(fitted_N: "npt.NDArray[np.float64]") -> "F32":
-    """Return the factors in float32, 1.0 where there can be none: such a row is wrong itself."""
-    import numpy as np
-
-    is_factor = np.isfinite(fitted_N) & (fitted_N > 0)
-    return np.where(is_factor, fitted_N, 1.0).astype(np.float32)
 
 
 def _positive(values: "F32", name: str) -> "F32":

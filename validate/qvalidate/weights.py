@@ -19,7 +19,7 @@ from qvalidate.layout import as_declared, sizes
 from qvalidate.pairs import Pair
 from qvalidate.rules.registry import Severity, some
 from qvalidate.smoothing import Smoothings, UnknownSmoothingError
-from qvalidate.sources import source_weight, split_names, stacked_pairs
+from qvalidate.sources import Origin, stacked_pairs
 
 # bytes of each side that are compared at a time
 _SLICE_NBYTES = 4 << 20
@@ -34,15 +34,15 @@ def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
     if context.obeyed is None:
         return
     try:
-        source = open_checkpoint(reference)
+        source = Origin(open_checkpoint(reference))
     except DocumentError as problem:
         yield from problem.findings
         return
     smoothings = Smoothings(context, source)
-    yield from _missing(context, smoothings)
+    yield from _missing(context, source)
     yield from _kept(context, smoothings)
     for module, declared in context.encoded:
-        weight = source_weight(source.tensors, module)
+        weight = source.tensors.get(module.weight_name)
         if weight is None:
             message = f"{reference} has no tensor {module.weight_name}"
             yield _finding(module.file, module.weight_name, "weight-not-in-reference", message)
@@ -52,19 +52,21 @@ def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
             yield from _quantized(module, declared, weight, outputs, smoothings)
 
 
-def _missing(context: Context, smoothings: Smoothings) -> Iterator[Finding]:
-    """Yield the tensors of the source that the checkpoint lacks under their names.
+def _missing(context: Context, source: Origin) -> Iterator[Finding]:
+    """Yield the tensors of the source that the checkpoint lacks under any of their names.
 
     A stack of experts may be there as one weight per expert and projection.
     """
     here = context.checkpoint.tensors
-    for name, stored in smoothings.source.tensors.items():
-        if name in here or (name == f"{LM_HEAD}.weight" and context.is_tied):
+    for name, stored in source.checkpoint.tensors.items():
+        is_head = name == f"{LM_HEAD}.weight" and context.is_tied
+        if is_head or name in here or source.hub_name(name) in here:
             continue
-        split = split_names(stored)
-        is_split = any(part in here for part in split)
-        for lost in [part for part in split if part not in here] if is_split else [name]:
-            message = f"{stored.dtype} {list(stored.shape)} in {stored.file}, is in no shard here"
+        parts = source.parts(stored)
+        is_split = any(part in here for part in parts)
+        for lost in [part for part in parts if part not in here] if is_split else [name]:
+            wanted = parts.get(lost, stored)
+            message = f"{wanted.dtype} {list(wanted.shape)} in {wanted.file}, is in no shard here"
             yield _finding(str(context.path), lost, "tensor-missing", message)
 
 

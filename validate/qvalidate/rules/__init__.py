@@ -21,6 +21,7 @@ from qvalidate.rules import (
     vllm_layout,
     vllm_limits,
     vllm_mixed,
+    vllm_scales,
 )
 from qvalidate.rules.registry import REGISTRY, Effect, Rule, Severity
 
@@ -42,6 +43,7 @@ _MODULES = (
     vllm_layout,
     vllm_exclusions,
     vllm_mixed,
+    vllm_scales,
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(

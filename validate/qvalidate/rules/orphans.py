@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from qschema.architectures import KNOWN, text_config
 from qvalidate.context import Context, Module, positive_int
 from qvalidate.rules.modules import missing_module
-from qvalidate.rules.registry import Spot, rule
+from qvalidate.rules.registry import Severity, Spot, rule
 from qvalidate.rules.suffixes import KV_SUFFIX, PLAIN_SUFFIX, QUANT_SUFFIX
+from qvalidate.rules.vllm_support import support_of
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # more digits than any layer has; int() refuses thousands of them
@@ -21,9 +22,13 @@ _MOST_DIGITS = 6
     text="""A scale beside an unquantized weight, a scale without a weight, a suffix of
     another format or dialect (weight_scale_inv, input_scale, ...), a layer past
     num_hidden_layers. Most models of vLLM stop at a name they do not know; some (qwen3_moe,
-    exaone_moe) drop it in silence, and then the weight is read without its scale.""",
+    exaone_moe) drop it in silence, and then the weight is read without its scale. An input_scale
+    of W4A16_NVFP4, which older exports have, is a warning: vLLM loads it and drops it.""",
     effects={"vllm": "refuses"},
-    evidence=("vLLM 0.33.0: 'There is no module or parameter named', run with its own loader",),
+    evidence=(
+        "vLLM 0.33.0: 'There is no module or parameter named', run with its own loader",
+        "vLLM 0.33.0 modelopt.py:2532-2555 drops the input_scale of W4A16_NVFP4",
+    ),
 )
 def orphan_tensor(context: Context) -> Iterator[Spot]:
     depth = positive_int(context.checkpoint.config, "num_hidden_layers")
@@ -45,12 +50,18 @@ def orphan_tensor(context: Context) -> Iterator[Spot]:
         for suffix, stored in module.tensors.items():
             message = _problem(context, suffix, expected, module)
             if message:
-                yield Spot(str(stored.file), stored.name, message)
+                severity: Severity | None = "warning" if _is_dropped(suffix, module) else None
+                yield Spot(str(stored.file), stored.name, message, severity)
             elif context.model_type in KNOWN and not (
                 suffix in PLAIN_SUFFIX or suffix in expected or QUANT_SUFFIX.fullmatch(suffix)
             ):
                 message = f"no module of {context.model_type} has a tensor {suffix!r}"
                 yield Spot(str(stored.file), stored.name, message, "warning")
+
+
+def _is_dropped(suffix: str, module: Module) -> bool:
+    support = support_of(module)
+    return module.is_quantized and support is not None and suffix in support.dropped
 
 
 def _is_past(number: str, depth: int) -> bool:

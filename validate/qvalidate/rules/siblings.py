@@ -3,17 +3,14 @@
 Siblings are q/k/v, gate/up, q_a/kv_a, and the gate and up of every expert.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from qschema.architectures import fused_siblings
+from qschema.architectures import experts_of, fused_siblings
 from qschema.formats import Format, TensorSpec
 from qschema.safetensors import Stored
 from qvalidate.context import Context, Module
 from qvalidate.rules.registry import Severity, Spot, rule
-
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<leaf>[^.]+)")
 
 
 @rule(
@@ -31,7 +28,9 @@ _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<leaf>[^.]+)")
 def fused_scale_differs(context: Context) -> Iterator[Spot]:
     for module, declared in context.encoded:
         for spec in declared.tensors:
-            if spec.shared == "own" or (spec.shared == "experts" and not _is_expert(module)):
+            if spec.shared == "own" or (
+                spec.shared == "experts" and experts_of(module.name) is None
+            ):
                 continue
             yield from _differing(context, module, declared, spec)
 
@@ -70,12 +69,12 @@ def _differing(
 def expert_input_scales_differ(context: Context) -> Iterator[Spot]:
     found: list[tuple[str, float, Stored]] = []
     for module, declared in context.encoded:
-        match = _EXPERT.fullmatch(module.name)
-        for spec in declared.specs("input") if match else ():
+        expert = experts_of(module.name)
+        for spec in declared.specs("input"):
             stored = module.tensors.get(spec.suffix)
             value = context.numbers.get(module.tensor_name(spec.suffix))
-            if match and stored is not None and value is not None:
-                found.append((f"{match['experts']}.*.{match['leaf']}", value, stored))
+            if expert is not None and stored is not None and value is not None:
+                found.append((".*.".join(expert), value, stored))
     found.sort(key=lambda item: item[0])
     for projection, items in groupby(found, key=lambda item: item[0]):
         values = {value: stored for _, value, stored in items}
@@ -84,7 +83,3 @@ def expert_input_scales_differ(context: Context) -> Iterator[Spot]:
             ratio = f", ratio {high / low:.4g}" if low else ""
             message = f"from {low:.6g} ({values[low].name}) to {high:.6g}{ratio} in {projection}"
             yield Spot(str(values[high].file), values[high].name, message)
-
-
-def _is_expert(module: Module) -> bool:
-    return _EXPERT.fullmatch(module.name) is not None

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from qvalidate.context import LM_HEAD, Context
 from qvalidate.rules.registry import Spot, rule
-from qvalidate.rules.vllm_matching import Layer, layers, match
-from qvalidate.rules.vllm_support import NEVER_QUANTIZED, PLAIN_ROUTERS, VERSIONS
+from qvalidate.rules.vllm_matching import is_plain, layers, match
+from qvalidate.rules.vllm_support import VERSIONS
 
 _SOURCE = "vLLM 0.33.0 modelopt.py:191-226, utils/quant_utils.py is_layer_skipped"
 
@@ -54,7 +54,10 @@ def vllm_exclusion_missed(context: Context) -> Iterator[Spot]:
     if context.obeyed is None or context.obeyed.is_mixed or not context.quantized:
         return
     for layer in layers(context.unquantized).values():
-        if _is_plain(context, layer) or match(layer.name, context.exclude).state != "no":
+        if (
+            is_plain(layer.name, context.model_type)
+            or match(layer.name, context.exclude).state != "no"
+        ):
             continue
         # what the list does not name at all is for unquantized-not-excluded
         pattern = context.excluded_by(layer.parts[0])
@@ -154,10 +157,3 @@ def vllm_ignore_key(context: Context) -> Iterator[Spot]:
             "; the two lists differ" if hidden else ", which is absent"
         )
         yield Spot(obeyed.file, obeyed.where("exclude_modules"), message)
-
-
-def _is_plain(context: Context, layer: Layer) -> bool:
-    """Whether vLLM builds the layer unquantized whatever the list says."""
-    if any(part in layer.name for part in NEVER_QUANTIZED):
-        return True
-    return layer.name.endswith(".gate") and context.model_type in PLAIN_ROUTERS

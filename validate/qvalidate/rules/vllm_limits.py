@@ -3,16 +3,11 @@
 from collections.abc import Iterator
 
 from qschema.architectures import text_config
-from qvalidate.context import LM_HEAD, Context, Module
+from qvalidate.context import LM_HEAD, Context
 from qvalidate.layout import sizes
 from qvalidate.rules.registry import Spot, rule, some
 from qvalidate.rules.vllm_matching import layers
-from qvalidate.rules.vllm_support import SUPPORT, VERSIONS, Support
-
-
-def support_of(module: Module) -> Support | None:
-    """Return what vLLM says of the module's format, None if it refuses it or none is known."""
-    return SUPPORT.get(module.declared.name) if module.declared else None
+from qvalidate.rules.vllm_support import SUPPORT, VERSIONS, support_of
 
 
 @rule(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from qvalidate.rules.vllm_support import FUSED_NAMES
+from qvalidate.rules.vllm_support import FUSED_NAMES, NEVER_QUANTIZED, PLAIN_ROUTERS
 
 _LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\..+")
@@ -78,6 +78,13 @@ def match(layer: str, patterns: tuple[str, ...]) -> Match:
             if "experts" in text and layer in text:
                 return Match("excluded", pattern, "as one of its experts")
     return _loose(layer, split)
+
+
+def is_plain(layer: str, model_type: str | None) -> bool:
+    """Return whether vLLM builds its layer `layer` unquantized whatever the list says."""
+    if any(part in layer for part in NEVER_QUANTIZED):
+        return True
+    return layer.endswith(".gate") and model_type in PLAIN_ROUTERS
 
 
 def listed_entry(layer: str, listed: Mapping[str, str]) -> str | None:

@@ -7,6 +7,8 @@ packed_modules_mapping, and runs of its own loader; 0.32.0 is the same in everyt
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qvalidate.context import Module
+
 VERSIONS = ">=0.32,<0.34"
 
 
@@ -17,7 +19,9 @@ class Support:
     `experts` is about routed experts. `multiple_of_k` and `fused_rows` are what the columns of
     every layer, and the rows of every fused part but the last, must be divisible by. `is_nested`
     says whether the nested config may name it beside producer "modelopt", and `nested_keys` what
-    that config must hold then. `dtypes` are the model's.
+    that config must hold then. `dtypes` are the model's. `is_scale_checked` says whether vLLM stops
+    at a NaN in a dense layer's weight_scale, which is all NaN until it is loaded. `dropped` are the
+    tensors that it loads and has no use for.
     """
 
     method: str
@@ -28,6 +32,8 @@ class Support:
     is_nested: bool = True
     nested_keys: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    is_scale_checked: bool = False
+    dropped: tuple[str, ...] = ()
     evidence: str = ""
 
 
@@ -59,14 +65,18 @@ SUPPORT: Mapping[str, Support] = {
         method="modelopt_fp4",
         multiple_of_k=16,
         nested_keys=_NVFP4_KEYS,
-        evidence="modelopt.py:143-160, :817-829",
+        is_scale_checked=True,
+        evidence="modelopt.py:143-160, :817-829, :2077",
     ),
     "W4A16_NVFP4": Support(
         method="modelopt_fp4",
         multiple_of_k=16,
         is_nested=False,
         nested_keys=_NVFP4_KEYS,
-        evidence="modelopt.py:143-160, :817-829; model_arch_config_convertor.py:255-270",
+        is_scale_checked=True,
+        dropped=("input_scale",),
+        evidence="modelopt.py:143-160, :817-829, :2077, :2532-2555; "
+        "model_arch_config_convertor.py:255-270",
     ),
     "MXFP8": Support(
         method="modelopt_mxfp8",
@@ -95,3 +105,8 @@ NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
 # model types whose router is built without a quantization config (vLLM 0.32.0
 # models/mixtral.py:111, models/deepseek_v2.py:321)
 PLAIN_ROUTERS = frozenset({"deepseek_v3", "mixtral"})
+
+
+def support_of(module: Module) -> Support | None:
+    """Return what vLLM says of the module's format, None if it refuses it or none is known."""
+    return SUPPORT.get(module.declared.name) if module.declared else None
