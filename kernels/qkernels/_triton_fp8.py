@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from qkernels import _triton_bytes as kernels
+from qkernels._e4m3 import E4M3_MAX
 from qkernels._triton_launch import (
     KINDS,
     Config,
@@ -19,7 +20,6 @@ from qkernels._triton_launch import (
 from qkernels._triton_rows import dequantize_tiles, launch_rows
 
 BLOCK = 128
-E4M3_MAX = 448.0
 
 
 def block_config(device: torch.device) -> Config:

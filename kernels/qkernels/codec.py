@@ -57,10 +57,6 @@ class Codec(ABC):
         """Those tensors, by the reference; w_NK is a checked matrix, contiguous."""
 
     @abstractmethod
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers that the codes stand for before scaling, f32 [N, K]."""
-
-    @abstractmethod
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """What each number is multiplied with, f32, broadcasts to [n, k]."""
 
@@ -76,12 +72,17 @@ class Codec(ABC):
     ) -> None:
         """Fill out_RK, contiguous, by the Triton kernel."""
 
+    def values(self, codes: Tensor) -> Tensor:
+        """Numbers that the codes stand for before scaling, f32 [N, K]; packed codes say how."""
+        return codes.float()
+
     # what callers use
 
     def quantize_torch(self, w: Tensor, *, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Quantized tensors by the reference.
 
-        global_scale: f32 [], or [E] for a batch; of formats that have one, default its own amax's.
+        global_scale: f32 [], or [E] for a batch, positive and finite; of codecs that have one,
+        default that of the weight's own amax.
         Raises: KernelError for another rank, dtype or size.
         """
         n, k = self._check_weight(w)
@@ -160,7 +161,7 @@ class Codec(ABC):
         product = self.values(self._codes(tensors)) * self.scales(tensors, n, k)
         decoded = product.to(dtype).masked_fill(product.isnan(), torch.nan)
         # not .contiguous(), which leaves the strides of a single row or column alone
-        return decoded.expand(n, k).clone(memory_format=torch.contiguous_format)
+        return decoded.clone(memory_format=torch.contiguous_format)
 
     def dequantize_triton(
         self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16

@@ -6,7 +6,7 @@
 Source of truth: NVIDIA ModelOpt 0.47.0, modelopt/torch/export/unified_export_hf.py (the FP8 branch
 of export_quantized_weight), CPU arithmetic. Departures: one rounding, where ModelOpt rounds the
 quotient to the source dtype first; a weight of zeros gets scale 1.0 and zeros, where ModelOpt
-writes scale 0.0 and NaN.
+writes scale 0.0 and NaN; amax counts as the smallest normal number of the source dtype at least.
 
 Not covered: input_scale, which follows from activations.
 
@@ -42,10 +42,6 @@ class _Fp8(Codec):
         """Codes under the given scale."""
         assert global_scale is not None
         return (encode(w_NK.float(), global_scale, negative=sign_bits(w_NK)),)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers of the codes."""
-        return codes.float()
 
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """The one scale."""

@@ -63,10 +63,6 @@ class _Fp8Blocks(Codec):
         codes_NK = padded_codes[:n, :k].clone(memory_format=torch.contiguous_format)
         return codes_NK, scale_R1C1
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers of the codes."""
-        return codes.float()
-
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """Scales of every element, [n, k]."""
         rows, _, cols, _ = tensors["weight_scale"].shape

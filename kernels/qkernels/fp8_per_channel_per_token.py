@@ -42,10 +42,6 @@ class _Fp8Rows(Codec):
         scale_N = scale_from_amax(amax_N, source=w_NK.dtype, divisor=E4M3_MAX)
         return encode(w_f32_NK, scale_N[:, None], negative=sign_bits(w_NK)), scale_N
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers of the codes."""
-        return codes.float()
-
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """A scale per row."""
         return tensors["weight_scale"][:, None]

@@ -5,7 +5,8 @@
 
 Source of truth: NVIDIA ModelOpt 0.47.0, modelopt/torch/quantization/qtensor/mxfp4_tensor.py, CPU
 arithmetic; element and scale types: OCP Microscaling Formats 1.0. Departures: ties go to the even
-code, where ModelOpt's go toward zero; zeros have code 0, where ModelOpt writes -0.
+code, where ModelOpt's go toward zero; zeros have code 0, where ModelOpt writes -0; the power of
+two is exact, where ModelOpt takes a logarithm in f32 (the same for every bf16 and f16 weight).
 
 Shapes: N rows out, K columns in, B = K / 32 blocks of a row, G = 32.
 """

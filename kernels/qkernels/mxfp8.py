@@ -49,10 +49,6 @@ class _Mxfp8(Codec):
         codes = encode(w_NBG, _e8m0.scales(scale_NB)[:, :, None], negative=negative)
         return codes.view(n, k), scale_NB
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers of the codes."""
-        return codes.float()
-
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """Scales of every element, [n, k]."""
         return _e8m0.scales(tensors["weight_scale"]).repeat_interleave(GROUP, dim=1)

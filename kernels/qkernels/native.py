@@ -54,10 +54,10 @@ def available() -> bool:
     return _library() is not None
 
 
-def supports(format_name: str) -> bool:
-    """True when the library is available and has kernels for this format."""
+def supports(codec: str) -> bool:
+    """True when the library is available and has kernels of this name."""
     library = _library()
-    return library is not None and hasattr(library, f"qk_{format_name.lower()}_quantize")
+    return library is not None and hasattr(library, f"qk_{codec.lower()}_quantize")
 
 
 def _symbol(name: str) -> "ctypes._NamedFuncPointer":
@@ -83,16 +83,16 @@ def _addresses(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-def _check_shape(status: int, format_name: str, rows: int, cols: int) -> None:
+def _check_shape(status: int, codec: str, rows: int, cols: int) -> None:
     """None. Raises: KernelError for the status that is left when the other arguments are right."""
     if status != 0:
         raise KernelError(
-            f"{format_name}: expected a weight that its groups divide, got shape ({rows}, {cols})"
+            f"{codec}: expected a weight that its groups divide, got shape ({rows}, {cols})"
         )
 
 
 def quantize(
-    format_name: str,
+    codec: str,
     src_addr: int,
     dtype: str,
     rows: int,
@@ -106,18 +106,23 @@ def quantize(
     """Counts of one weight, after writing its quantized tensors.
 
     src_addr: rows x cols elements of dtype. out_addrs: one per tensor whose rows follow the
-    weight's, in the order the format declares them (weight, then weight_scale where it has a row
+    weight's, in the order the codec names them (weight, then weight_scale where it has a row
     or block scale). global_scale: the f32 scale of the whole weight, positive and finite, of FP8
     (weight_scale), NVFP4 and W4A8_NVFP4_FP8 (weight_scale_2); the others ignore it. err2_addr,
     ref2_addr: double[rows] that receive per row the sums over finite elements of
     (w - q * scale)^2 and of w^2, or both 0; the same doubles on every instruction set and for
     every way of slicing the rows that does not cut a block. Rounding and special values: see the
-    format's module.
+    codec's module.
 
-    Raises: KernelError for an unknown dtype or format, for a shape that the format's groups do not
+    Raises: KernelError for an unknown dtype or codec, for a shape that the codec's groups do not
     divide, for one of the sums without the other, or when the library is not available.
     """
-    function = _symbol(f"qk_{format_name.lower()}_quantize")
+    function = _symbol(f"qk_{codec.lower()}_quantize")
+    if bool(err2_addr) != bool(ref2_addr):
+        raise KernelError(
+            f"{codec}: expected both or neither of err2_addr and ref2_addr, "
+            f"got {err2_addr:#x} and {ref2_addr:#x}"
+        )
     counts = (ctypes.c_int64 * 2)()
     status = function(
         ctypes.c_void_p(src_addr),
@@ -130,17 +135,12 @@ def quantize(
         ctypes.c_void_p(ref2_addr),
         counts,
     )
-    if bool(err2_addr) != bool(ref2_addr):
-        raise KernelError(
-            f"{format_name}: expected both or neither of err2_addr and ref2_addr, "
-            f"got {err2_addr:#x} and {ref2_addr:#x}"
-        )
-    _check_shape(status, format_name, rows, cols)
+    _check_shape(status, codec, rows, cols)
     return Counts(num_nonfinite=counts[0], num_saturated=counts[1])
 
 
 def dequantize(
-    format_name: str,
+    codec: str,
     in_addrs: Sequence[int],
     dtype: str,
     rows: int,
@@ -155,10 +155,10 @@ def dequantize(
     (NVFP4's scale is itself a product in f32), then one rounding to dtype, ties to even; NaN codes
     and scales become the positive quiet NaN.
 
-    Raises: KernelError for an unknown dtype or format, for a shape that the format's groups do not
+    Raises: KernelError for an unknown dtype or codec, for a shape that the codec's groups do not
     divide, or when the library is not available.
     """
-    function = _symbol(f"qk_{format_name.lower()}_dequantize")
+    function = _symbol(f"qk_{codec.lower()}_dequantize")
     status = function(
         _addresses(in_addrs),
         ctypes.c_float(global_scale),
@@ -167,7 +167,7 @@ def dequantize(
         ctypes.c_int64(cols),
         ctypes.c_void_p(out_addr),
     )
-    _check_shape(status, format_name, rows, cols)
+    _check_shape(status, codec, rows, cols)
 
 
 def count_nonfinite(addr: int, dtype: str, n: int) -> int:

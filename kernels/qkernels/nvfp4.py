@@ -7,8 +7,9 @@
 A number is e2m1 code * (weight_scale * weight_scale_2), the product in brackets rounded to f32.
 
 Source of truth: NVIDIA ModelOpt 0.47.0, modelopt/torch/quantization/qtensor/nvfp4_tensor.py,
-CPU arithmetic. Departure: a weight of zeros gets weight_scale_2 1.0, where ModelOpt writes 0.0,
-NaN scales and codes of 6.
+CPU arithmetic. Departures: a weight of zeros gets weight_scale_2 1.0, where ModelOpt writes 0.0,
+NaN scales and codes of 6; the global amax counts as the smallest normal number of the source dtype
+at least; a negative number whose quotient underflows to zero keeps its sign.
 
 Not covered: input_scale, which follows from activations; block scales other than the largest
 magnitude's (MSE search, four-over-six).

@@ -26,8 +26,10 @@ GROUP = 128
 
 
 class _Int4Blocks(Codec):
-    """scale = amax / 7 of a block, 1.0 for a block of zeros; codes = w / scale, nearest even.
+    """scale = amax / 7 of a block; codes = w / scale in f32, nearest even.
 
+    amax is the largest finite magnitude, exact, and counts as the smallest normal number of the
+    source dtype at least; a block of zeros gets scale 1.0.
     NaN becomes 0, Inf 7 or -8. Rows sliced at multiples of 2 give the same bytes.
     """
 

@@ -20,8 +20,10 @@ from qkernels.codec import Codec, Shapes
 
 
 class _Int8Rows(Codec):
-    """scale = amax / 127 of a row, 1.0 for a row of zeros; codes = w / scale, nearest even.
+    """scale = amax / 127 of a row; codes = w / scale in f32, nearest even.
 
+    amax is the largest finite magnitude, exact, and counts as the smallest normal number of the
+    source dtype at least; a row of zeros gets scale 1.0.
     NaN becomes 0, Inf 127 or -128. Any slice of rows gives the same bytes.
     """
 
@@ -37,10 +39,6 @@ class _Int8Rows(Codec):
         w_f32_NK = w_NK.float()
         scale_N = scale_from_amax(finite_amax(w_f32_NK, 1), source=w_NK.dtype, divisor=127.0)
         return _integer.encode(w_f32_NK, scale_N[:, None], low=-128, high=127), scale_N
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers of the codes."""
-        return codes.float()
 
     def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         """A scale per row."""

@@ -26,13 +26,15 @@ from qschema.strict import DocumentError, Strict, load_json, violation
 _LARGEST = 3.4028234663852886e38
 
 
-def _finite(amax: float) -> float:
+def _in_range(amax: float) -> float:
     if not 0 <= amax <= _LARGEST:
         raise violation("amax-value", "expected an f32 number of at least 0")
     return amax
 
 
-AmaxValue: TypeAlias = Annotated[float, AfterValidator(_finite)]
+AmaxValue: TypeAlias = Annotated[
+    float, Field(json_schema_extra={"minimum": 0}), AfterValidator(_in_range)
+]
 
 
 class KeyValueAmax(Strict):

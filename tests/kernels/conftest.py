@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
     # read when triton is imported, which qkernels does not do before a *_triton function is called
     os.environ["TRITON_INTERPRET"] = "1"
 
+# weights are small: a second thread costs more than it brings, most where cores are shared
+torch.set_num_threads(1)
+
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 Tensors = dict[str, Tensor]
 

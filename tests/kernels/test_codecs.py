@@ -74,7 +74,8 @@ def test_an_empty_batch(codec, quantize, dequantize, same_tensors, shape):
     if len(w):
         same_tensors(actual, expected_batch(codec, w))
     form = oracle.FORMATS[codec.name]
-    assert ("" if not form.divisor else actual[form.suffix].shape) in ("", w.shape[:1])
+    if form.divisor:
+        assert actual[form.suffix].shape == w.shape[:1]
     assert dequantize(actual).shape == shape
 
 
@@ -113,12 +114,12 @@ GIVEN = {"half": 0.5, "a third more": 1.3, "1e6 times": 1e6, "1e-6 times": 1e-6}
 
 
 def scale_like(own, factor):
-    """Times a factor, inside f32's range."""
-    return torch.tensor(min(float(own) * factor, 3e38)).float()
+    """Times a factor, inside f32's range: a scale of 0 is none."""
+    return torch.tensor(min(max(float(own) * factor, 2.0**-149), 3e38)).float()
 
 
 @pytest.mark.parametrize("codec", SCALED, indirect=True)
-@pytest.mark.parametrize("kind", ["normal", "nonfinite", "zero_block", "wide", "negative_zeros"])
+@pytest.mark.parametrize("kind", ["nonfinite", "zero_block", "wide", "tiny"])
 @pytest.mark.parametrize("factor", GIVEN.values(), ids=GIVEN)
 def test_a_given_global_scale(codec, quantize, dtype, same_tensors, kind, factor):
     """Smaller than its own clips, larger makes block scales and numbers underflow."""

@@ -74,6 +74,17 @@ def test_the_logarithm_of_modelopt_agrees(dtype, largest):
     assert torch.equal(_e8m0.bytes_from_amax(amax, largest=largest), (power + 127).to(torch.uint8))
 
 
+@pytest.mark.parametrize("largest", LARGEST)
+def test_the_logarithm_of_modelopt_loses_the_last_bits_of_f32(largest):
+    """The number after largest * 2^10 needs 2^11; the logarithm of the quotient is 10 in f32."""
+    amax = torch.tensor([largest * 2.0**10]).nextafter(torch.tensor([torch.inf]))
+
+    power = (amax / largest).log2().ceil()
+
+    assert power.item() == 10.0
+    assert _e8m0.bytes_from_amax(amax, largest=largest).item() == 127 + 11
+
+
 def test_every_byte_as_a_scale():
     byte = np.arange(256, dtype=np.uint8)
     expected = byte.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)

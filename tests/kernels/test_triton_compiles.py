@@ -1,7 +1,7 @@
 """The Triton kernels compile for a Hopper GPU, which needs no GPU.
 
 The interpreter runs Python: what the compiler refuses, or compiles to another arithmetic, shows
-here.
+here. One process compiles all, which is most of the time.
 """
 
 import json
@@ -18,17 +18,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module, name, variants = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module("qkernels." + module), name)
-texts = []
-for types, constants in variants:
+def ptx(kernel, types, constants):
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
     constants = {arg: constants.get(arg) for arg in kernel.arg_names if arg not in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    texts.append(compiled.asm["ptx"])
-print(json.dumps(texts))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+found = {}
+for case, (module, name, variants) in json.load(sys.stdin).items():
+    kernel = getattr(importlib.import_module("qkernels." + module), name)
+    try:
+        found[case] = [ptx(kernel, *variant) for variant in variants]
+    except Exception as error:
+        found[case] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
 """
 TINY = {"bf16": 2.0**-126, "fp16": 2.0**-14, "fp32": 2.0**-126}
 KINDS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
@@ -110,11 +114,54 @@ DEQUANTIZE = {
 }
 
 
-def ptx(module, name, variants, cache):
-    """The code of a kernel for each pair of types and constants."""
+AMAX = {"amax_ptr": "*i32", "M": "i64", "chunk": "i32"}
+
+
+def of_source(types, constants, source, fast):
+    """Types and constants of a quantize kernel for a source type."""
+    # groups are read as words
+    pointer = "i32" if "num_groups" in types else source
+    own = {"FAST": fast, "REREAD": not fast, "TINY": TINY[source], "SOURCE": KINDS[source]}
+    return {**types, "w_ptr": f"*{pointer}"}, {**constants, **own}
+
+
+def quantize_variants(types, constants):
+    """With the short path, beside which there is the other one; and that alone, for older GPUs."""
+    sources = [(source, True) for source in TINY] + [("bf16", False)]
+    return [of_source(types, constants, source, fast) for source, fast in sources]
+
+
+def dequantize_variants(types, constants):
+    """Of every output type, with the GPU's conversions and without."""
+    return [
+        (
+            {**types, "out_ptr": "*fp32" if kind == "f32" else "*i16"},
+            {**constants, "KIND": kind, "FAST": fast},
+        )
+        for kind in KINDS.values()
+        for fast in (True, False)
+    ]
+
+
+def cases():
+    """Case -> module, kernel, and its variants as types and constants."""
+    found = {}
+    for name, (module, kernel, types, constants) in QUANTIZE.items():
+        found[f"quantize {name}"] = module, kernel, quantize_variants(types, constants)
+    for name, (module, kernel, types, constants) in DEQUANTIZE.items():
+        found[f"dequantize {name}"] = module, kernel, dequantize_variants(types, constants)
+    amax = [({**AMAX, "w_ptr": f"*{source}"}, {"TILE": 2048}) for source in TINY]
+    return {**found, "amax": ("_triton_amax", "_amax_kernel", amax)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Case -> the code of each variant, or what the compiler said."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache = tmp_path_factory.mktemp("triton")
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([module, name, variants])],
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(cases()),
         env={**environment, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -123,24 +170,18 @@ def ptx(module, name, variants, cache):
     return json.loads(result.stdout)
 
 
-def of_source(case, source, fast):
-    """Types and constants of a quantize kernel for a source type."""
-    _, _, types, constants = case
-    # groups are read as words
-    pointer = "i32" if "num_groups" in types else source
-    own = {"FAST": fast, "REREAD": not fast, "TINY": TINY[source], "SOURCE": KINDS[source]}
-    return {**types, "w_ptr": f"*{pointer}"}, {**constants, **own}
+def codes_of(compiled, case):
+    """The code of each variant of a case, and its constants."""
+    assert isinstance(compiled[case], list), compiled[case]
+    return [
+        (code, constants)
+        for code, (_, constants) in zip(compiled[case], cases()[case][2], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", QUANTIZE)
-def test_quantize_divides_exactly_and_keeps_subnormals(name, tmp_path):
-    """With the short path and without it, which also is what older GPUs run."""
-    case = QUANTIZE[name]
-    variants = [of_source(case, source, fast) for source in TINY for fast in (True, False)]
-
-    codes = ptx(case[0], case[1], variants, tmp_path)
-
-    for (_, constants), code in zip(variants, codes, strict=True):
+def test_quantize_divides_exactly_and_keeps_subnormals(compiled, name):
+    for code, constants in codes_of(compiled, f"quantize {name}"):
         assert "div.rn.f32" in code
         if constants["FAST"] and name not in ("int8 rows", "int4 pairs", "mxfp4"):
             assert "cvt.rn.satfinite.e4m3x2.f32" in code
@@ -150,25 +191,12 @@ def test_quantize_divides_exactly_and_keeps_subnormals(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DEQUANTIZE)
-def test_dequantize_rounds_products_and_keeps_subnormals(name, tmp_path):
-    module, kernel, types, constants = DEQUANTIZE[name]
-    variants = [
-        (
-            {**types, "out_ptr": "*fp32" if kind == "f32" else "*i16"},
-            {**constants, "KIND": kind, "FAST": fast},
-        )
-        for kind in KINDS.values()
-        for fast in (True, False)
-    ]
-
-    for code in ptx(module, kernel, variants, tmp_path):
+def test_dequantize_rounds_products_and_keeps_subnormals(compiled, name):
+    for code, _ in codes_of(compiled, f"dequantize {name}"):
         assert "fma." not in code
         assert ".ftz" not in code
 
 
-def test_amax_compiles(tmp_path):
-    types = {"amax_ptr": "*i32", "M": "i64", "chunk": "i32"}
-    variants = [({**types, "w_ptr": f"*{source}"}, {"TILE": 2048}) for source in TINY]
-
-    for code in ptx("_triton_amax", "_amax_kernel", variants, tmp_path):
+def test_amax_is_one_atomic_maximum(compiled):
+    for code, _ in codes_of(compiled, "amax"):
         assert "atom.global.gpu.relaxed.max.s32" in code or "red." in code

@@ -1,4 +1,7 @@
-"""The Triton kernels against the torch references: the same bytes, for every kind of weight."""
+"""The Triton kernels against the torch references, where sizes and addresses differ.
+
+Every kind of weight, both against the oracle: test_codecs.py, test_dequantize.py.
+"""
 
 import numpy as np
 import pytest
@@ -16,46 +19,27 @@ def quiet_interpreter():
         yield
 
 
-def check(codec, w, same_bits, same_tensors, **kwargs):
+def check(codec, w, same_bits, same_tensors):
     """Quantizes w and dequantizes the result to the dtype of w, both ways."""
     w = w.to(DEVICE)
-    expected = codec.quantize_torch(w, **kwargs)
+    expected = codec.quantize_torch(w)
 
-    actual = codec.quantize_triton(w, **kwargs)
+    actual = codec.quantize_triton(w)
 
     same_tensors(actual, expected)
     decoded = codec.dequantize_triton(expected, dtype=w.dtype)
     same_bits(decoded, codec.dequantize_torch(expected, dtype=w.dtype))
 
 
-def test_every_weight(codec, weight, same_bits, same_tensors):
-    check(codec, weight, same_bits, same_tensors)
-
-
-def test_every_shape(codec, shaped_weight, same_bits, same_tensors):
-    check(codec, shaped_weight, same_bits, same_tensors)
-
-
 # 128 rows end with a block of 128 x 128 and one launch does all; 130 rows end within one
-@pytest.mark.parametrize("shape", [(3, 128, 256), (2, 130, 160), (4, 2, 128), (0, 4, 128)])
+@pytest.mark.parametrize("shape", [(3, 128, 256), (2, 130, 160), (4, 2, 128)])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"], indirect=True)
 def test_batches(codec, dtype, shape, same_bits, same_tensors):
     w = weights.normal(weights.fitting(codec, shape), dtype)
     w[1:2] = 0.0
     w[2:3, 0, 0] = torch.nan
 
     check(codec, w, same_bits, same_tensors)
-
-
-@pytest.mark.parametrize("factor", [2.0**-20, 0.7, 1.3, 2.0**20], ids=str)
-@pytest.mark.parametrize("kind", ["normal", "nonfinite", "wide", "tiny"])
-@pytest.mark.parametrize("codec", ["FP8", "NVFP4", "W4A8_NVFP4_FP8"], indirect=True)
-def test_given_global_scales(codec, dtype, kind, factor, same_bits, same_tensors):
-    """Smaller than the weight's own, and larger: numbers are clipped, or underflow."""
-    w = weights.make(kind, codec, dtype)
-    own = codec.quantize_torch(w)[codec.global_scale.suffix]
-    scale = (own * factor).clamp(2.0**-126, 3e38).to(DEVICE)
-
-    check(codec, w, same_bits, same_tensors, global_scale=scale)
 
 
 def test_weights_and_codes_at_odd_addresses(codec, dtype, same_bits, same_tensors):

@@ -27,7 +27,10 @@ REQUIRED = {
     "safetensors-index": {"weight_map", "metadata"},
     "recipe": {"rules", "match", "algo"},
     "amax": {"document", "version", "inputs", "k", "v"},
-    "plan": {"tool", "source", "recipe", "units", "steps", "outputs", "reason", "offset", "rules"},
+    "plan": {
+        *("tool", "source", "recipe", "units", "steps", "outputs", "reason", "offset", "rules"),
+        *("axis", "factor", "kind", "of", "output"),
+    },
     "report": {"tool", "source", "recipe", "tensors", "outputs", "reason", "sha256", "rules"},
 }
 # keys whose text is one of a fixed set
@@ -40,7 +43,7 @@ CHOICES = {
     "safetensors-index": {"w"},
     "recipe": {"algo", "kv_cache", "on_indivisible"},
     "amax": {"document"},
-    "plan": {"document", "action"},
+    "plan": {"document", "action", "axis", "kind", "kv_cache"},
     "report": {"document", "action"},
 }
 

@@ -29,7 +29,7 @@ QK_INLINE void find_rules(const void *w, int64_t rows, int64_t cols, int64_t str
             }
         }
         float amax = qk_from_max_bits(max_bits, dtype);
-        rules[b] = qk_e4m3_rule_of(amax, qk_e4m3_scale(amax, dtype), finite);
+        rules[b] = qk_e4m3_rule_of(amax, qk_scale(amax, QK_E4M3_LARGEST, dtype), finite);
     }
 }
 

@@ -16,6 +16,12 @@
 enum { QK_LANES = 16 };
 enum { QK_NUM_NONFINITE = 0, QK_NUM_SATURATED = 1 };
 
+/* f32 scale of a row or block: amax is 0 or positive and finite; largest: that of the codes */
+QK_INLINE float qk_scale(float amax, float largest, int dtype) {
+    float tiny = qk_tiny(dtype);
+    return amax == 0.0f ? 1.0f : (amax < tiny ? tiny : amax) / largest;
+}
+
 /* Replaces what is not finite by 0, which adds nothing to the sums, and returns how many. The
  * codes of those elements are set afterwards. */
 QK_INLINE int64_t qk_clean(float *x) {

@@ -8,12 +8,6 @@
 #define QK_E4M3_LIMIT 464.0f
 #define QK_E4M3_LARGEST 448.0f
 
-/* amax is 0 or positive and finite */
-QK_INLINE float qk_e4m3_scale(float amax, int dtype) {
-    float tiny = qk_tiny(dtype);
-    return amax == 0.0f ? 1.0f : (amax < tiny ? tiny : amax) / 448.0f;
-}
-
 /* Code of y in the low byte, nearest even, and *value the number that it stands for (a zero
  * without its sign). |y| <= 464. Adding 2^(e+20) leaves steps of 2^(e-3) in f32: the addition
  * itself rounds to e4m3's three mantissa bits and, with e held at -6 or above, to its subnormal
@@ -83,7 +77,7 @@ QK_INLINE void qk_e4m3_row(const void *row, int64_t cols, int dtype, int own, fl
     qk_lanes lanes = {{0}, {0}};
     int64_t num_nonfinite = 0;
     float amax = qk_from_max_bits(qk_scan(row, cols, dtype, &num_nonfinite), dtype);
-    if (own) *scale = qk_e4m3_scale(amax, dtype);
+    if (own) *scale = qk_scale(amax, QK_E4M3_LARGEST, dtype);
     qk_e4m3_rule rule = qk_e4m3_rule_of(amax, *scale, num_nonfinite == 0);
     counts[QK_NUM_NONFINITE] += num_nonfinite;
     for (int64_t c = 0; c < cols; c += QK_SEGMENT) {

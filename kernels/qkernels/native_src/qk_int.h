@@ -4,12 +4,6 @@
 
 #include "qk_codec.h"
 
-/* amax is 0 or positive and finite; largest: 127 or 7 */
-QK_INLINE float qk_int_scale(float amax, float largest, int dtype) {
-    float tiny = qk_tiny(dtype);
-    return amax == 0.0f ? 1.0f : (amax < tiny ? tiny : amax) / largest;
-}
-
 /* Nearest even, two's complement in the low byte, and *value the number. Adding 1.5 * 2^23 leaves
  * steps of 1. No clamp: amax / (amax / 127) is within a part in 2^16 of 127 even where the scale
  * is subnormal. */

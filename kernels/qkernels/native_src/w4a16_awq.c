@@ -7,7 +7,7 @@ QK_INLINE void quantize_group(const void *w, int dtype, float *scale, uint8_t *c
                               qk_lanes *lanes, int64_t *counts) {
     int64_t num_nonfinite = 0;
     uint32_t bits = qk_scan(w, QK_SEGMENT, dtype, &num_nonfinite);
-    *scale = qk_int_scale(qk_from_max_bits(bits, dtype), 7.0f, dtype);
+    *scale = qk_scale(qk_from_max_bits(bits, dtype), 7.0f, dtype);
     counts[QK_NUM_NONFINITE] += num_nonfinite;
     qk_int_segment(w, QK_SEGMENT, dtype, *scale, num_nonfinite == 0, qk_int4_special, codes,
                    lanes);

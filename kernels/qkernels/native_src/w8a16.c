@@ -11,7 +11,7 @@ QK_CLONES static void quantize(const void *w, int dtype, int64_t rows, int64_t c
         qk_lanes lanes = {{0}, {0}};
         int64_t num_nonfinite = 0;
         float amax = qk_from_max_bits(qk_scan(row, cols, dtype, &num_nonfinite), dtype);
-        scales[r] = qk_int_scale(amax, 127.0f, dtype);
+        scales[r] = qk_scale(amax, 127.0f, dtype);
         counts[QK_NUM_NONFINITE] += num_nonfinite;
         for (int64_t c = 0; c < cols; c += QK_SEGMENT) {
             int64_t m = cols - c < QK_SEGMENT ? cols - c : QK_SEGMENT;

@@ -1,4 +1,4 @@
-"""Tensors and config groups that several declarations have in common."""
+"""Tensors, bounds, formulas and config groups that several declarations have in common."""
 
 from pydantic import JsonValue
 
@@ -53,6 +53,55 @@ PRE_QUANT_SCALE = TensorSpec(
     meaning="the input is multiplied with it; absent where the layer before has taken it in",
     required=False,
 )
+
+
+# half a step of three mantissa bits, 2^-4, and a little for subnormal codes and rounded scales
+E4M3_ERROR = 0.0626
+# half a step of one mantissa bit: 1/5 at the ties 1.25, 2.5 and 5
+E2M1_ERROR = 0.2
+# nothing relative: half a step of the block's or row's codes, whatever the number
+INTEGER_ERROR = 1e-6
+
+TINY_DEPARTURE = (
+    "an amax below the smallest normal number of the source dtype counts as that number"
+)
+NV_DEPARTURES = (
+    "a weight of zeros gets weight_scale_2 1.0 and zeros; ModelOpt writes 0.0, NaN scales and "
+    "codes of 6",
+    TINY_DEPARTURE,
+    "a negative number whose quotient underflows to zero keeps its sign (code 8)",
+)
+# in f32 the logarithm of the number after 2^10 is 10; bf16 and f16 are too coarse for that
+LOGARITHM_DEPARTURE = (
+    "the power of two is exact; ModelOpt takes a logarithm in f32, which can make it half of that "
+    "for f32 weights"
+)
+MXFP4_DEPARTURES = (
+    "ties go to the even code; ModelOpt's go toward zero",
+    "zeros have code 0; ModelOpt writes code 8, -0",
+    LOGARITHM_DEPARTURE,
+)
+MXFP4_FORMULA = (
+    "weight_scale = 127 + the smallest e >= -127 with amax <= 6 * 2^e, 0 for a block of zeros; "
+    "code = e2m1(w / 2^e), ties to even, the sign bit where w < 0"
+)
+INT8_FORMULA = (
+    "weight_scale = max(amax, tiny) / 127, 1.0 for a row of zeros; code = w / weight_scale rounded "
+    "to nearest even, clamped to -128..127"
+)
+INT4_FORMULA = (
+    "weight_scale = max(amax, tiny) / 7, 1.0 for a block of zeros; code = w / weight_scale rounded "
+    "to nearest even, clamped to -8..7"
+)
+
+
+def nv_formula(*, divisor: float) -> str:
+    """Return how weights of the NVFP4 family are encoded."""
+    return (
+        f"weight_scale_2 = max(amax, tiny) / {divisor:g}, 1.0 for zeros; weight_scale = e4m3(clamp("
+        "block amax / (6 * weight_scale_2), 2^-9, 448)), 1.0 for a block of zeros; code = e2m1(w / "
+        "(weight_scale * weight_scale_2)), ties to even, the sign bit where w < 0"
+    )
 
 
 def nv_scales(*, group: int, divisor: float) -> tuple[TensorSpec, TensorSpec]:

@@ -10,7 +10,7 @@ scale of the parts and encode the others anew, so siblings need not agree; Model
 and up of an expert agree, and so do we.
 """
 
-from qschema.formats._parts import E4M3_CODES, group, input_scale
+from qschema.formats._parts import E4M3_CODES, E4M3_ERROR, TINY_DEPARTURE, group, input_scale
 from qschema.formats.declare import Format, TensorSpec
 
 FORMAT = Format(
@@ -31,8 +31,7 @@ FORMAT = Format(
         input_scale(divisor=448.0, zero=448.0, shared="experts"),
     ),
     element="E4M3",
-    # half a step of three mantissa bits, 2^-4, and a little for the rounding of the scale
-    error_bound=0.0626,
+    error_bound=E4M3_ERROR,
     config_group={"input_activations": group(bits=8), "weights": group(bits=8)},
     has_config_group=True,
     stackable=True,
@@ -43,6 +42,6 @@ FORMAT = Format(
         "the quotient is rounded once; ModelOpt rounds it to the source dtype first, which changes "
         "about 3 % of the codes (not those of stacked experts)",
         "a weight of zeros gets scale 1.0 and zeros; ModelOpt writes scale 0.0 and NaN",
-        "an amax below the smallest normal number of the source dtype counts as that number",
+        TINY_DEPARTURE,
     ),
 )

@@ -8,7 +8,7 @@ read by vLLM 0.33.0 model_executor/layers/quantization/modelopt.py:2491-2528.
 Not here: DeepSeek's weight_scale_inv.
 """
 
-from qschema.formats._parts import E4M3_CODES
+from qschema.formats._parts import E4M3_CODES, E4M3_ERROR
 from qschema.formats.declare import Format, TensorSpec
 
 FORMAT = Format(
@@ -28,11 +28,11 @@ FORMAT = Format(
     ),
     element="E4M3",
     block_rows=128,
-    # half a step of three mantissa bits, 2^-4, and a little for subnormal codes
-    error_bound=0.0626,
+    error_bound=E4M3_ERROR,
+    config_group={"quant_algo": "fp8_pb_wo"},
     formula="scale = max(amax, tiny) / 448, 1.0 for an all-zero block; code = e4m3(w / scale)",
     source="ModelOpt 0.47.0 export/quant_utils.py:889-892, qtensor/fp8_tensor.py:57-111",
-    readers=("vLLM 0.33 (dense layers)", "TensorRT-LLM 1.2 (documented)"),
+    readers=("vLLM 0.33 (dense layers)", "TensorRT-LLM 1.2 (documented, dense layers)"),
     departures=(
         "a weight of one block keeps its 4-D scale; ModelOpt writes a 0-d scalar",
         "one-block siblings (q/k/v, gate/up) keep a scale each; ModelOpt gives them the largest",

@@ -8,7 +8,14 @@ Source: ModelOpt 0.47.0 quantization/qtensor/nvfp4_tensor.py; read by vLLM 0.33.
 model_executor/layers/quantization/modelopt.py:2532-2555.
 """
 
-from qschema.formats._parts import E2M1_CODES, group, nv_scales
+from qschema.formats._parts import (
+    E2M1_CODES,
+    E2M1_ERROR,
+    NV_DEPARTURES,
+    group,
+    nv_formula,
+    nv_scales,
+)
 from qschema.formats.declare import Format
 
 FORMAT = Format(
@@ -19,21 +26,13 @@ FORMAT = Format(
     tensors=(E2M1_CODES, *nv_scales(group=16, divisor=2688.0)),
     element="E2M1",
     multiple_of_k=16,
-    # half a step of one mantissa bit: 1/5 at the ties 1.25, 2.5 and 5
-    error_bound=0.2,
+    error_bound=E2M1_ERROR,
     hf_quant_fields={"group_size": 16},
     config_group={"weights": group(bits=4, size=16)},
     has_config_group=True,
     stackable=True,
-    formula="weight_scale_2 = max(amax, tiny) / 2688, 1.0 for zeros; weight_scale = e4m3(clamp("
-    "block amax / (6 * weight_scale_2), 2^-9, 448)), 1.0 for a block of zeros; code = e2m1(w / "
-    "(weight_scale * weight_scale_2)), ties to even, the sign bit where w < 0",
+    formula=nv_formula(divisor=2688.0),
     source="ModelOpt 0.47.0 quantization/qtensor/nvfp4_tensor.py:37-46, 167-202, 231-345",
-    readers=("vLLM 0.33", "TensorRT-LLM 1.3 (documented)"),
-    departures=(
-        "a weight of zeros gets weight_scale_2 1.0 and zeros; ModelOpt writes 0.0, NaN scales and "
-        "codes of 6",
-        "an amax below the smallest normal number of the source dtype counts as that number",
-        "a negative number whose quotient underflows to zero keeps its sign (code 8)",
-    ),
+    readers=("vLLM 0.33", "TensorRT-LLM 1.3 (documented)", "SGLang 0.5.23 (documented)"),
+    departures=NV_DEPARTURES,
 )

@@ -9,7 +9,15 @@
 The codes do not depend on weight_scale_2. Source: ModelOpt 0.47.0 export/quant_utils.py:281-340.
 """
 
-from qschema.formats._parts import INT4_CODES, INT4_SCALE, PRE_QUANT_SCALE, group, input_scale
+from qschema.formats._parts import (
+    INT4_CODES,
+    INT4_FORMULA,
+    INT4_SCALE,
+    INTEGER_ERROR,
+    PRE_QUANT_SCALE,
+    group,
+    input_scale,
+)
 from qschema.formats.declare import Format, TensorSpec
 
 FORMAT = Format(
@@ -37,8 +45,7 @@ FORMAT = Format(
     block_rows=2,
     multiple_of_n=2,
     multiple_of_k=128,
-    # nothing relative: half a step, 1/14 of the block's largest, whatever the number
-    error_bound=1e-6,
+    error_bound=INTEGER_ERROR,
     hf_quant_fields={"group_size": 128, "has_zero_point": False, "pre_quant_scale": True},
     # ModelOpt's words for it inside a mixed checkpoint, float weights included
     config_group={
@@ -46,8 +53,8 @@ FORMAT = Format(
         "weights": group(bits=4, size=128),
     },
     folds_into=("norm",),
-    formula="weight_scale = max(amax, tiny) / 7, 1.0 for a block of zeros; code = w / weight_scale "
-    "rounded to nearest even, clamped to -8..7",
-    source="ModelOpt 0.47.0 quantization/qtensor/int4_tensor.py, export/quant_utils.py:805-846",
+    formula=INT4_FORMULA,
+    source="ModelOpt 0.47.0 quantization/qtensor/int4_tensor.py, "
+    "export/quant_utils.py:281-340, 805-846",
     readers=("TensorRT-LLM 1.2 (documented)",),
 )

@@ -6,7 +6,14 @@
 Source: ModelOpt 0.47.0 quantization/qtensor/mxfp4_tensor.py:46-80, which writes no input_scale.
 """
 
-from qschema.formats._parts import E2M1_CODES, E8M0_SCALE, group
+from qschema.formats._parts import (
+    E2M1_CODES,
+    E2M1_ERROR,
+    E8M0_SCALE,
+    MXFP4_DEPARTURES,
+    MXFP4_FORMULA,
+    group,
+)
 from qschema.formats.declare import Format
 
 FORMAT = Format(
@@ -17,16 +24,11 @@ FORMAT = Format(
     tensors=(E2M1_CODES, E8M0_SCALE),
     element="E2M1",
     multiple_of_k=32,
-    # half a step of one mantissa bit: 1/5 at the ties 1.25, 2.5 and 5
-    error_bound=0.2,
+    error_bound=E2M1_ERROR,
     hf_quant_fields={"group_size": 32},
     config_group={"input_activations": group(bits=8), "weights": group(bits=4, size=32)},
-    formula="weight_scale = 127 + the smallest e >= -127 with amax <= 6 * 2^e, 0 for a block of "
-    "zeros; code = e2m1(w / 2^e), ties to even, the sign bit where w < 0",
+    formula=MXFP4_FORMULA,
     source="ModelOpt 0.47.0 quantization/qtensor/mxfp4_tensor.py:46-80",
     readers=("TensorRT-LLM 1.2 (documented)",),
-    departures=(
-        "ties go to the even code; ModelOpt's go toward zero",
-        "zeros have code 0; ModelOpt writes code 8, -0",
-    ),
+    departures=MXFP4_DEPARTURES,
 )

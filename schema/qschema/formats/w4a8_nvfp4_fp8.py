@@ -8,7 +8,15 @@
 Source: ModelOpt 0.47.0 export/quant_utils.py:281-300, 323-340.
 """
 
-from qschema.formats._parts import E2M1_CODES, group, input_scale, nv_scales
+from qschema.formats._parts import (
+    E2M1_CODES,
+    E2M1_ERROR,
+    NV_DEPARTURES,
+    group,
+    input_scale,
+    nv_formula,
+    nv_scales,
+)
 from qschema.formats.declare import Format
 
 FORMAT = Format(
@@ -22,20 +30,12 @@ FORMAT = Format(
     ),
     element="E2M1",
     multiple_of_k=32,
-    # half a step of one mantissa bit: 1/5 at the ties 1.25, 2.5 and 5
-    error_bound=0.2,
+    error_bound=E2M1_ERROR,
     hf_quant_fields={"group_size": 32},
     config_group={"input_activations": group(bits=8), "weights": group(bits=4, size=32)},
-    stackable=True,
-    formula="weight_scale_2 = max(amax, tiny) / 448, 1.0 for zeros; weight_scale = e4m3(clamp("
-    "block amax / (6 * weight_scale_2), 2^-9, 448)), 1.0 for a block of zeros; code = e2m1(w / "
-    "(weight_scale * weight_scale_2)), ties to even, the sign bit where w < 0",
-    source="ModelOpt 0.47.0 quantization/qtensor/nvfp4_tensor.py:37-46, 167-202, 231-345",
+    formula=nv_formula(divisor=448.0),
+    source="ModelOpt 0.47.0 export/quant_utils.py:281-300, 323-340, "
+    "quantization/qtensor/nvfp4_tensor.py:37-46, 167-202, 231-345",
     readers=("TensorRT-LLM 1.2 (documented)",),
-    departures=(
-        "a weight of zeros gets weight_scale_2 1.0 and zeros; ModelOpt writes 0.0, NaN scales and "
-        "codes of 6",
-        "an amax below the smallest normal number of the source dtype counts as that number",
-        "a negative number whose quotient underflows to zero keeps its sign (code 8)",
-    ),
+    departures=NV_DEPARTURES,
 )

@@ -6,7 +6,7 @@
 Source: ModelOpt 0.47.0 quantization/qtensor/int8_tensor.py, export/quant_utils.py:870-918.
 """
 
-from qschema.formats._parts import INT8_CODES, ROW_SCALE, group
+from qschema.formats._parts import INT8_CODES, INT8_FORMULA, INTEGER_ERROR, ROW_SCALE, group
 from qschema.formats.declare import Format
 
 FORMAT = Format(
@@ -16,11 +16,9 @@ FORMAT = Format(
     title="INT8, one scale per output channel, weights only",
     tensors=(INT8_CODES, ROW_SCALE),
     element="INT8",
-    # nothing relative: half a step, 1/254 of the row's largest, whatever the number
-    error_bound=1e-6,
+    error_bound=INTEGER_ERROR,
     config_group={"weights": group(bits=8, kind="int")},
-    formula="weight_scale = max(amax, tiny) / 127, 1.0 for a row of zeros; code = w / weight_scale "
-    "rounded to nearest even, clamped to -128..127",
+    formula=INT8_FORMULA,
     source="ModelOpt 0.47.0 quantization/qtensor/int8_tensor.py, export/quant_utils.py:870-918",
     readers=("TensorRT-LLM 1.2 (documented)",),
 )

@@ -8,7 +8,15 @@
 Source: ModelOpt 0.47.0 quantization/qtensor/int8_tensor.py, export/quant_utils.py:870-918.
 """
 
-from qschema.formats._parts import INT8_CODES, PRE_QUANT_SCALE, ROW_SCALE, group, input_scale
+from qschema.formats._parts import (
+    INT8_CODES,
+    INT8_FORMULA,
+    INTEGER_ERROR,
+    PRE_QUANT_SCALE,
+    ROW_SCALE,
+    group,
+    input_scale,
+)
 from qschema.formats.declare import Format
 
 FORMAT = Format(
@@ -24,13 +32,11 @@ FORMAT = Format(
         PRE_QUANT_SCALE,
     ),
     element="INT8",
-    # nothing relative: half a step, 1/254 of the row's largest, whatever the number
-    error_bound=1e-6,
+    error_bound=INTEGER_ERROR,
     config_group={
         "input_activations": group(bits=8, kind="int"),
         "weights": {**group(bits=8, kind="int"), "strategy": "channel"},
     },
-    formula="weight_scale = max(amax, tiny) / 127, 1.0 for a row of zeros; code = w / weight_scale "
-    "rounded to nearest even, clamped to -128..127",
+    formula=INT8_FORMULA,
     source="ModelOpt 0.47.0 quantization/qtensor/int8_tensor.py, export/quant_utils.py:870-918",
 )
