@@ -237,9 +237,14 @@ def main() -> None:
         sys.stdout.flush()
         # all is cleaned up; torch, cut off in its work, may abort in the interpreter's own teardown
         os._exit(130)
-    except (ConvertError, DocumentError) as error:
-        click.echo(f"qconvert: {error}", err=True)
+    except DocumentError as error:
+        lines = [_printable(str(finding)) for finding in error.findings]
+        click.echo("qconvert: " + "\n".join(lines), err=True)
+        sys.exit(1)
+    except ConvertError as error:
+        click.echo(f"qconvert: {_printable(str(error))}", err=True)
         sys.exit(1)
     except OSError as error:
-        click.echo(f"qconvert: {error.filename}: {error.strerror or error}", err=True)
+        message = f"{error.filename}: {error.strerror or error}"
+        click.echo(f"qconvert: {_printable(message)}", err=True)
         sys.exit(1)

@@ -78,13 +78,12 @@ def decide(
 ) -> list[Decision]:
     """Return what `recipe` and the architecture map make of `tensor`: one decision per matrix.
 
-    `used` collects the recipe's patterns that matched something. Raises ConvertError for a tensor
-    that can be neither quantized nor kept in good conscience: experts stacked in a way that the map
-    does not know, a part of a stack that is to be treated apart, a weight that its format can't
-    take (unless the recipe keeps such).
+    `used` collects the recipe's patterns that matched something, of its rules those that matched
+    first. Raises ConvertError for a tensor that can be neither quantized nor kept in good
+    conscience: experts stacked in a way that the map does not know, a part of a stack that is to be
+    treated apart, a weight that its format can't take (unless the recipe keeps such).
     """
-    model_type = text_config(config).get("model_type")
-    known = model_type if isinstance(model_type, str) else None
+    known = text_model_type(config)
     stack = find_stack(tensor.name, model_type=known) if len(tensor.shape) == 3 else None
     if stack is None or tensor.dtype not in HIGH_PRECISION:
         module = hub_name(module_of(tensor.name), model_type=known)
@@ -109,6 +108,12 @@ def decide(
         for module, matrix, (declared, reason) in zip(modules, matrices, choices, strict=True)
         if declared is not None
     ]
+
+
+def text_model_type(config: Mapping[str, Json]) -> str | None:
+    """Return the type of the language model that config.json describes."""
+    model_type = text_config(config).get("model_type")
+    return model_type if isinstance(model_type, str) else None
 
 
 def is_stacked(tensor: Stored) -> bool:
@@ -148,7 +153,7 @@ def _choose(
     excluded = _ancestor_matching(module, recipe.exclude, used)
     included = _ancestor_matching(module, recipe.include, used)
     rules = [rule for rule in recipe.rules if matching(module, [rule.match])]
-    used.update(rule.match for rule in rules)
+    used.update(rule.match for rule in rules[:1])
     if excluded is not None:
         return None, f"excluded by {excluded!r}"
     if included is None:
@@ -174,8 +179,10 @@ def _quantize(
         return Decision(tensor, module, declared, reason, matrix)
     if recipe.on_indivisible == "keep":
         return Decision(tensor, module, None, obstacle, matrix, obstacle=True)
+    # a part of a stack can't be kept alone
+    whole = tensor.name if matrix.part else module
     raise ConvertError(
-        f"{tensor.file}::{tensor.name}: {obstacle}; keep it with --exclude {module!r}, or all such "
+        f"{tensor.file}::{tensor.name}: {obstacle}; keep it with --exclude {whole!r}, or all such "
         "with --on-indivisible keep"
     )
 

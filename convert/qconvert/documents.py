@@ -29,7 +29,7 @@ def config(source: Mapping[str, Json], plan: Plan) -> dict[str, Json]:
         found["config_groups"] = groups
     if plan.quantized_layers:
         found["quantized_layers"] = _layers(plan)
-    found["ignore"] = list(plan.exclude_modules) if plan.algos else []
+    found["ignore"] = list(plan.exclude_modules)
     if plan.algos:
         found["quant_algo"] = _algo(plan)
     kv_cache = plan.recipe.kv_cache

@@ -50,7 +50,7 @@ def kv_constants(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics)
         )
         raise ConvertError(f"{statistics.file}: $.kv_cache: {problem}; calibrate this checkpoint")
     constants = []
-    for name, amax in known.items():
+    for name, amax in sorted(known.items()):
         for letter, value in (("k", amax.k), ("v", amax.v)):
             if quotient(value, _DIVISOR) == 0.0:
                 raise ConvertError(
@@ -90,6 +90,11 @@ def _constants(
             f"the KV cache NVFP4_AFFINE and only with it; the recipe says {recipe.kv_cache}"
         )
     if bias is not None:
+        if bias.dtype != "BF16" or len(bias.shape) != 4 or bias.shape[::2] != (1, 1):
+            raise ConvertError(
+                f"{bias.file}::{bias.name}: expected BF16 [1, KV heads, 1, head size], found "
+                f"{bias.dtype} {list(bias.shape)}"
+            )
         output = _output(f"{owner}.{letter}_bias", bias.dtype, bias.shape, file)
         found.append(Constant(output=output, vector=bias.name, reason=reason))
     return found

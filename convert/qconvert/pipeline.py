@@ -8,7 +8,6 @@ unit is read twice: for its largest magnitude, then to be encoded.
 """
 
 import hashlib
-import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from qconvert.scalars import global_scale, input_scale, packed
 from qconvert.scaling import scale
 from qconvert.slices import Cut, Layout, aligned, cuts, lines_per_slice
 from qconvert.smoothing import Vectors
+from qconvert.sums import ExactSum
 from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import TensorSpec, find
 from qschema.plan import Constant, Plan, Step, Unit
@@ -88,7 +88,7 @@ def run(
         progress=Progress([0] * workers, sum(_nbytes(unit) for unit in plan.units)),
     )
     backend = device.make()
-    needed = max(_needed(step, backend.slice_nbytes, share) for step in plan.steps)
+    needed = max((_needed(step, backend.slice_nbytes, share) for step in plan.steps), default=0)
     threads = [
         threading.Thread(
             target=_work, args=(shared, device, min(share, needed), slot), name=f"worker-{slot}"
@@ -254,8 +254,7 @@ class _Worker:
         first = _first_cut(step, self._backend.slice_nbytes, len(self._buffer))
         rows = first.layout.declared.specs("codes", "scale")
         digests = [hashlib.sha256() for _ in step.outputs]
-        err2: list[float] = []
-        ref2: list[float] = []
+        err2, ref2 = ExactSum(), ExactSum()
         num_nonfinite = num_saturated = 0
         for cut in cuts(first.layout, each=first.stop):
             task = self._task(cut, scale)
@@ -271,8 +270,8 @@ class _Worker:
                 ):
                     digest.update(view)
                     self._shared.files.write(span.file, view, offset=span.offset + offset)
-                err2.extend(task.err2.cast("d"))
-                ref2.extend(task.ref2.cast("d"))
+                err2.add(task.err2)
+                ref2.add(task.ref2)
             self._advance(len(task.source))
         self._check(step, num_nonfinite)
         for span, digest in zip(step.outputs[len(rows) :], digests[len(rows) :], strict=True):
@@ -284,7 +283,7 @@ class _Worker:
             [digest.hexdigest() for digest in digests],
             num_nonfinite=num_nonfinite,
             num_saturated=num_saturated,
-            error=(math.fsum(err2), math.fsum(ref2)),
+            error=(err2.total(), ref2.total()),
         )
 
     def _beside(self, step: Step, suffix: str, scale: float) -> bytes:

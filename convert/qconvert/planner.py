@@ -4,19 +4,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from qconvert.decide import Decision, Matrix, decide, is_stacked
+from qconvert.decide import Decision, Matrix, decide, is_stacked, text_model_type
 from qconvert.errors import ConvertError, some
 from qconvert.excludes import collapse
 from qconvert.groups import check_mixed, keep_together, sharing_key, split_groups
 from qconvert.kv_cache import kv_constants, kv_notes
 from qconvert.side_files import side_files
-from qconvert.smoothing import NOT_SMOOTHED, Smoothing, plan_smoothing, smoothing_notes
-from qconvert.statistics import Statistics, input_amaxes
+from qconvert.smoothing import NOT_SMOOTHED, Smoothing, plan_smoothing
+from qconvert.statistics import Statistics, input_amaxes, statistics_notes
 from qschema import __version__
 from qschema.architectures import (
     KNOWN,
     REFUSED,
     experts_of,
+    find_stack,
     has_tied_head,
     matching,
     model_order,
@@ -93,7 +94,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | N
         ),
         recipe=recipe,
         vectors=statistics.sha256,
-        exclude_modules=[] if len(formats) > 1 else _exclude_modules(checkpoint, decisions),
+        exclude_modules=_exclude_modules(checkpoint, decisions) if len(formats) == 1 else [],
         quantized_layers=_quantized_layers(decisions) if len(formats) > 1 else {},
         shards=shards,
         units=_units(drafts, placed),
@@ -105,7 +106,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | N
         notes=[
             *_notes(checkpoint, decisions),
             *kv_notes(recipe, constants),
-            *smoothing_notes(statistics, smoothing),
+            *statistics_notes(decisions, statistics, constants, config=checkpoint.config),
             *_unused(recipe, used),
             *_left(sides, recipe),
         ],
@@ -316,6 +317,22 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
     if checkpoint.unindexed_tensors:
         names = some(list(checkpoint.unindexed_tensors))
         notes.append(f"in a shard but not in the index, converted and indexed: {names}")
+    quantized = {decision.module for decision in decisions if decision.declared}
+    if "lm_head" in quantized and checkpoint.config.get("tie_word_embeddings") is True:
+        notes.append(
+            "lm_head is quantized, but config.json has tie_word_embeddings: engines take the "
+            "embedding in its place"
+        )
+    stacks = [
+        decision.tensor.name
+        for decision in decisions
+        if decision.declared is None and _is_split_type(decision.tensor.name, checkpoint)
+    ]
+    if stacks:
+        notes.append(
+            f"kept as stacks of experts, not split into the hub's tensors: {some(stacks)}; engines "
+            "may look for one tensor per expert"
+        )
     differing, partial = split_groups(decisions)
     if differing or partial:
         notes.append(
@@ -325,9 +342,20 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
     return notes
 
 
+def _is_split_type(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether the tensor `name` stacks experts that are a tensor each on the hub."""
+    stack = find_stack(name, model_type=text_model_type(checkpoint.config))
+    return stack is not None and bool(stack.parts)
+
+
 def _unused(recipe: Recipe, used: set[str]) -> list[str]:
-    patterns = [*recipe.exclude, *recipe.include, *(rule.match for rule in recipe.rules)]
-    return [f"{pattern!r} matches no module" for pattern in patterns if pattern not in used]
+    patterns = [*recipe.exclude, *recipe.include]
+    notes = [f"{pattern!r} matches no module" for pattern in patterns if pattern not in used]
+    return notes + [
+        f"rule {rule.match!r} decides nothing: it matches no module that earlier rules leave"
+        for rule in recipe.rules
+        if rule.match not in used
+    ]
 
 
 def _left(sides: list[SideFile], recipe: Recipe) -> list[str]:

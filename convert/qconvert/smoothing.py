@@ -7,9 +7,9 @@ can, p is written as a tensor. Source: ModelOpt 0.47.0 quantization/model_calib.
 export/quant_utils.py:1300-1562.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from qconvert.decide import Decision
@@ -23,6 +23,7 @@ from qschema.architectures import (
     experts_of,
     fused_siblings,
 )
+from qschema.dtypes import HIGH_PRECISION
 from qschema.plan import Scaling, Vector
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     F32 = npt.NDArray[np.float32]
+
+# vectors in memory at once: those of the steps in hand, not those of the model
+_NUM_CACHED = 64
 
 
 @dataclass(frozen=True)
@@ -58,40 +62,28 @@ def plan_smoothing(
         for decision in decisions
         if decision.declared and statistics.has_smoothing(decision.module)
     }
+    quantized = {decision.module for decision in decisions if decision.declared}
     for decision in smoothed.values():
-        _check(decision, smoothed, decisions, statistics)
+        _check(decision, smoothed, quantized, statistics)
     found: dict[str, Smoothing] = {}
     tensors = {decision.tensor.name: decision for decision in decisions}
     for module, decision in smoothed.items():
         inverse = Scaling(axis="columns", factor=Vector(kind="inverse", of=[module]))
         found[decision.module] = Smoothing([inverse], Vector(kind="rounded", of=[module]))
     for module, decision in smoothed.items():
-        before = _linear_before(module, decision, smoothed, model_type)
+        before = _linear_before(module, decision, smoothed, tensors, model_type)
         if before is not None:
             _fold_into_linear(module, decision, before, tensors, found)
-    for group in {_group(module) for module in smoothed}:
+    for group in {fused_siblings(module) for module in smoothed}:
         if len(group) > 1:
             _unite(group, smoothed, tensors, found, model_type)
     return found
 
 
-def smoothing_notes(statistics: Statistics, smoothing: Mapping[str, Smoothing]) -> list[str]:
-    """Return a note on the statistics' pre_quant_scales that no quantized module has a use for."""
-    modules = [name.removesuffix(f".{PRE_QUANT_SCALE}") for name in statistics.vectors]
-    idle = [
-        module
-        for name, module in zip(statistics.vectors, modules, strict=True)
-        if name != module and module not in smoothing
-    ]
-    return (
-        [f"a pre_quant_scale of what is not quantized does nothing: {some(idle)}"] if idle else []
-    )
-
-
 def _check(
     decision: Decision,
     smoothed: Mapping[str, Decision],
-    decisions: list[Decision],
+    quantized: Set[str],
     statistics: Statistics,
 ) -> None:
     declared, matrix, module = decision.declared, decision.matrix, decision.module
@@ -109,20 +101,20 @@ def _check(
             f"{vector.dtype} {list(vector.shape)}"
         )
     else:
-        known = {other.module for other in decisions if other.declared}
-        apart = [name for name in _group(module) if name in known and name not in smoothed]
+        group = fused_siblings(module)
+        apart = [name for name in group if name in quantized and name not in smoothed]
         if apart:
             problem = f"{some(apart)} read the same input and have none"
     if problem:
         raise ConvertError(f"{vector.file}::{vector.name}: {problem}")
 
 
-def _group(module: str) -> tuple[str, ...]:
-    return fused_siblings(module)
-
-
 def _linear_before(
-    module: str, decision: Decision, smoothed: Mapping[str, Decision], model_type: str | None
+    module: str,
+    decision: Decision,
+    smoothed: Mapping[str, Decision],
+    tensors: Mapping[str, Decision],
+    model_type: str | None,
 ) -> Decision | None:
     """Return the linear whose rows can take in the smoothing of `module`, if any."""
     declared = decision.declared
@@ -133,7 +125,10 @@ def _linear_before(
     if before is None or before.matrix is None or decision.matrix is None:
         return None
     # under grouped-query attention each row of v feeds several columns of o
-    return before if before.matrix.rows == decision.matrix.columns else None
+    if before.matrix.rows != decision.matrix.columns:
+        return None
+    bias = tensors.get(f"{before.module}.bias")
+    return before if bias is None or _is_vector(bias, before.matrix.rows) else None
 
 
 def _fold_into_linear(
@@ -193,9 +188,16 @@ def _norm_before(
         layer = members[0].removesuffix(f".{readers[0]}")
         if members == [f"{layer}.{reader}" for reader in readers]:
             name = f"{layer}.{norm}.weight"
-            kept = tensors.get(name)
-            return name if kept is not None and kept.tensor.dtype == "BF16" else None
+            kept, matrix = tensors.get(name), smoothed[members[0]].matrix
+            if kept is None or matrix is None or not _is_vector(kept, matrix.columns):
+                return None
+            return name if kept.tensor.dtype == "BF16" else None
     return None
+
+
+def _is_vector(decision: Decision, size: int) -> bool:
+    """Return whether a tensor has one number for each of `size` rows or columns."""
+    return decision.tensor.shape == (size,) and decision.tensor.dtype in HIGH_PRECISION
 
 
 class Vectors:
@@ -203,7 +205,7 @@ class Vectors:
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
-        self._resolve = cache(self._compute)
+        self._resolve = lru_cache(_NUM_CACHED)(self._compute)
 
     def numbers(self, vector: Vector) -> "F32":
         """Return the numbers of `vector` as float32."""
@@ -214,7 +216,10 @@ class Vectors:
         found = self._statistics.vectors[name]
         with open(found.file, "rb") as file:
             file.seek(found.offset)
-            return file.read(found.nbytes)
+            data = file.read(found.nbytes)
+        if len(data) != found.nbytes:
+            raise ConvertError(f"{found.file}::{name}: the file changed after its header was read")
+        return data
 
     def bf16(self, vector: Vector) -> bytes:
         """Return the numbers of `vector`, which are bf16 numbers, as BF16 bytes."""

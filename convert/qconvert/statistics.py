@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from qconvert.decide import Decision
+from qconvert.decide import Decision, module_of
 from qconvert.errors import ConvertError, some
 from qconvert.groups import Group, input_key
 from qschema.amax import Amax, load_amax
+from qschema.architectures import experts_of, has_tied_head
+from qschema.plan import Constant
 from qschema.safetensors import Stored, read_header
-from qschema.strict import DocumentError
+from qschema.strict import DocumentError, Json
 
 PRE_QUANT_SCALE = "pre_quant_scale"
 
@@ -52,7 +54,9 @@ def open_statistics(path: Path) -> Statistics:
     if not file.is_file():
         raise DocumentError.of(path, "$.vectors", "amax-vectors", f"no {amax.vectors} beside it")
     header = read_header(file)
-    return Statistics(path, amax, header.tensors, hashlib.sha256(file.read_bytes()).hexdigest())
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Statistics(path, amax, header.tensors, digest)
 
 
 def input_amaxes(decisions: list[Decision], statistics: Statistics) -> dict[str, float]:
@@ -88,6 +92,42 @@ def input_amaxes(decisions: list[Decision], statistics: Statistics) -> dict[str,
                 "for the scale of their input; calibrate again, or --exclude them"
             )
     return {module: found[key] for module, key in keys.items()}
+
+
+def statistics_notes(
+    decisions: list[Decision],
+    statistics: Statistics,
+    constants: list[Constant],
+    *,
+    config: Mapping[str, Json],
+) -> list[str]:
+    """Return notes on what the statistics hold that nothing has a use for."""
+    if statistics.file is None:
+        return []
+    notes = []
+    known = {name for decision in decisions for name in (*_names(decision), decision.owner)}
+    known |= {module_of(decision.tensor.name) for decision in decisions}
+    if has_tied_head(config):
+        known.add("lm_head")
+    # of experts in a kept stack only the stack is known
+    stacks = {name.rpartition(".")[0] for name in known}
+    unknown = [
+        name
+        for name in statistics.amax.inputs
+        if name not in known and not ((expert := experts_of(name)) and expert[0] in stacks)
+    ]
+    if unknown:
+        notes.append(f"the statistics have inputs of what the source lacks: {some(unknown)}")
+    formats = {decision.module: decision.declared for decision in decisions if decision.declared}
+    wanted = {f"{module}.{PRE_QUANT_SCALE}" for module in formats}
+    wanted |= {constant.vector for constant in constants if constant.vector}
+    idle = [name for name in statistics.vectors if name not in wanted]
+    if idle:
+        notes.append(f"the statistics' vectors of what is not quantized do nothing: {some(idle)}")
+    has_inputs = any(declared.specs("input") for declared in formats.values())
+    if not has_inputs and not constants and len(idle) == len(statistics.vectors):
+        notes.append("--amax does nothing: no format here has an input scale, and no KV cache")
+    return notes
 
 
 def _names(decision: Decision) -> list[str]:

@@ -19,10 +19,11 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"source   {source.model_type or 'unknown model type'}, {human(source.nbytes)}"
     quantized = [step for step in plan.steps if step.algo]
     kept = [step for step in plan.steps if not step.algo]
+    where = f" ({effective_bits(plan, quantized_only=True):.3f} where quantized)"
     yield (
         f"output   {human(plan.output_nbytes())} in {len(plan.shards)} files, "
-        f"{effective_bits(plan, quantized_only=False):.2f} bits per weight "
-        f"({effective_bits(plan, quantized_only=True):.3f} where quantized)"
+        f"{effective_bits(plan, quantized_only=False):.2f} bits per weight"
+        f"{where if quantized else ''}"
     )
     if plan.quantized_layers:
         for algo in plan.algos:

@@ -274,7 +274,11 @@ def has_tied_head(config: Mapping[str, Json]) -> bool:
 def layer_index(module: str) -> int | None:
     """Return the number of the layer that a name is in, None for what is in no layer."""
     for name, index in pairwise(module.split(".")):
-        if name in ("layers", "layer", "h", "blocks", "block") and index.isdigit():
+        if (
+            name in ("layers", "layer", "h", "blocks", "block")
+            and index.isascii()
+            and index.isdecimal()
+        ):
             # more digits than any model has layers: not a number to count with
             return int(index) if len(index) <= 6 else None
     return None

@@ -5,9 +5,10 @@
 several formats make a mixed checkpoint (MIXED_PRECISION).
 """
 
+import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from qschema.formats import UnknownFormatError, find
 from qschema.strict import Strict, violation
@@ -29,12 +30,22 @@ AlgoName: TypeAlias = Annotated[str, AfterValidator(_known)]
 
 # what ModelOpt 0.47.0 writes as kv_cache_quant_algo (export/quant_utils.py:438-462)
 KvCache: TypeAlias = Literal["FP8", "NVFP4", "NVFP4_AFFINE"]
+_GATE = r"^(sqnr|relative_error|saturated) *[<>]=? *[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
+
+
+def _gate(text: str) -> str:
+    if not re.fullmatch(_GATE, text):
+        raise violation(
+            "gate",
+            "expected a metric (sqnr in dB, relative_error, saturated), <, <=, > or >=, and a "
+            "number, such as 'sqnr<20'",
+        )
+    return text
+
+
 # a metric of the report, a comparison and a number; a tensor for which it holds is a failure
 FailIf: TypeAlias = Annotated[
-    str,
-    Field(
-        pattern=r"^(sqnr|relative_error|saturated) *[<>]=? *[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
-    ),
+    str, AfterValidator(_gate), WithJsonSchema({"type": "string", "pattern": _GATE})
 ]
 
 

@@ -136,7 +136,7 @@ def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Return normal numbers that depend on nothing but `seed`."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def wide(rows: int = 1000, columns: int = 700, *, dtype: torch.dtype = torch.float32) -> Tensors:

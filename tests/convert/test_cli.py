@@ -315,3 +315,13 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(tmp_path: Path, 
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert r"b\x1b[31m\nnote: fake.weight" in done.stdout
+
+
+def test_nor_do_those_in_an_error(tmp_path: Path, make: Make) -> None:
+    source = make({"b\x1b[31m\nqconvert: fake.weight": W[:, :7].contiguous()})
+
+    done = qconvert(source, tmp_path / "out", "--algo", "MXFP8")
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert r"b\x1b[31m\nqconvert: fake.weight: MXFP8 needs columns" in done.stderr

@@ -9,6 +9,7 @@ import torch
 from qconvert.errors import ConvertError
 from qconvert.planner import make_plan
 from qconvert.statistics import Statistics
+from qconvert.summary import describe
 from qschema.checkpoint import open_checkpoint
 from qschema.plan import Plan
 from qschema.recipe import Recipe
@@ -19,6 +20,7 @@ from .conversion import (
     Make,
     Tensors,
     assert_same,
+    digests,
     measured,
     randn,
     recipe,
@@ -105,7 +107,74 @@ def test_statistics_of_a_cache_that_is_not_quantized_change_nothing(
 ) -> None:
     plan = plan_of(make(attention(*LAYERS)), measured(tmp_path, kv_cache=CACHE), None)
 
-    assert (plan.constants, plan.notes) == ([], [])
+    assert plan.constants == []
+    assert plan.notes == ["--amax does nothing: no format here has an input scale, and no KV cache"]
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.zeros(1, 2, 1, 64),
+        torch.zeros(2, 64, dtype=torch.bfloat16),
+        torch.zeros(2, 1, 1, 64, dtype=torch.bfloat16),
+    ],
+    ids=["f32", "two-dimensions", "another-order"],
+)
+def test_a_bias_of_another_form_is_refused(tmp_path: Path, make: Make, bias: torch.Tensor) -> None:
+    vectors = {**biases(*LAYERS), f"{LAYERS[1]}.v_bias": bias}
+    statistics = measured(tmp_path, kv_cache=CACHE, vectors=vectors)
+
+    with pytest.raises(ConvertError, match=r"1.self_attn.v_bias: expected BF16 \[1, KV heads, 1,"):
+        plan_of(make(attention(*LAYERS)), statistics, "NVFP4_AFFINE")
+
+
+def test_a_bias_of_no_layer_is_noted(tmp_path: Path, make: Make) -> None:
+    vectors = biases(*LAYERS, "model.layers.7.self_attn")
+    statistics = measured(tmp_path, kv_cache=CACHE, vectors=vectors)
+
+    (note,) = plan_of(make(attention(*LAYERS)), statistics, "NVFP4_AFFINE").notes
+
+    assert "do nothing: model.layers.7.self_attn.k_bias, model.layers.7.self_attn.v_bias" in note
+
+
+def test_a_cache_alone_needs_no_native_kernels(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Recipe.parse({"rules": [], "kv_cache": "FP8"}, file="test")
+    source, statistics = make(attention(*LAYERS)), measured(tmp_path, kv_cache=CACHE)
+    run(source, tmp_path / "native", asked=asked, statistics=statistics)
+    monkeypatch.setenv("QKERNELS_NATIVE", "0")
+
+    run(source, tmp_path / "torch", asked=asked, statistics=statistics)
+
+    assert digests(tmp_path / "torch") == digests(tmp_path / "native")
+
+
+def test_the_plan_of_a_cache_alone_excludes_nothing(tmp_path: Path, make: Make) -> None:
+    asked = Recipe.parse({"rules": [], "kv_cache": "FP8"}, file="test")
+    statistics = measured(tmp_path, kv_cache=CACHE)
+
+    plan = make_plan(open_checkpoint(make(attention(*LAYERS))), asked, statistics)
+
+    assert "exclude  nothing" in list(describe(plan))
+    assert "quantized" not in next(line for line in describe(plan) if line.startswith("output"))
+
+
+def test_a_checkpoint_without_tensors_has_a_cache_too(tmp_path: Path, make: Make) -> None:
+    asked = Recipe.parse({"rules": [], "kv_cache": "FP8"}, file="test")
+
+    report = run(make({}), tmp_path / "out", asked=asked, statistics=Statistics())
+
+    assert report.tensors == []
+
+
+def test_the_order_of_the_statistics_leaves_no_trace(tmp_path: Path, make: Make) -> None:
+    source = make(attention(*LAYERS))
+    for name, cache in (("a", CACHE), ("b", dict(reversed(CACHE.items())))):
+        asked = recipe(algo="MXFP8", kv_cache="FP8")
+        run(source, tmp_path / name, asked=asked, statistics=measured(tmp_path, kv_cache=cache))
+
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 BAD = [

@@ -203,11 +203,13 @@ def test_one_format_by_several_rules_is_no_mixture(make: Make) -> None:
     assert found.quantized_layers == {}
 
 
-def test_a_rule_that_never_decides_is_noted(make: Make) -> None:
-    """One that matches no module; one that comes too late is another's business."""
-    found = planned(make(weights(ATTENTION)), ("*", "FP8"), ("*.experts.*", "NVFP4"))
+@pytest.mark.parametrize("match", ["*.experts.*", "*.q_proj"], ids=["matches-none", "too-late"])
+def test_a_rule_that_never_decides_is_noted(make: Make, match: str) -> None:
+    found = planned(make(weights(ATTENTION)), ("*", "FP8"), (match, "NVFP4"))
 
-    assert found.notes == ["'*.experts.*' matches no module"]
+    assert found.notes == [
+        f"rule {match!r} decides nothing: it matches no module that earlier rules leave"
+    ]
 
 
 def test_exclusions_hold_in_a_mixed_checkpoint(tmp_path: Path, make: Make) -> None:

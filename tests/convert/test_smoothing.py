@@ -1,6 +1,7 @@
 """AWQ and SmoothQuant: every smoothed byte again in numpy and ml_dtypes, and what takes it in."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -9,14 +10,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from qconvert.decide import Decision, decide
 from qconvert.errors import ConvertError
 from qconvert.planner import make_plan
-from qconvert.smoothing import Vectors
+from qconvert.smoothing import plan_smoothing
 from qconvert.statistics import Statistics
 from qkernels import kernels_for
 from qschema.checkpoint import open_checkpoint
 from qschema.formats import find
-from qschema.plan import Plan, Vector
+from qschema.plan import Plan
 
 from .conversion import Make, Tensors, amax_of, digests, measured, randn, raw, recipe, run, tensors
 
@@ -221,6 +223,55 @@ def test_a_norm_of_another_dtype_stays(tmp_path: Path, make: Make, dtype: torch.
     assert written(tmp_path, make(source), "NVFP4_AWQ", vectors) == {Q, K, V, GATE, UP}
 
 
+@pytest.mark.parametrize("shape", [(), (8,), (4096,), (1, H)], ids=str)
+def test_a_norm_of_another_shape_stays(tmp_path: Path, make: Make, shape: tuple[int, ...]) -> None:
+    """A longer one would take in what lies in memory behind the vector."""
+    source = model()
+    for name in NORM_TENSORS:
+        source[name] = randn(*shape, seed=8)
+    vectors = scales(*LINEARS, source=source)
+
+    assert written(tmp_path, make(source), "NVFP4_AWQ", vectors) == {Q, K, V, GATE, UP}
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.ones(4096), torch.ones(H, 1), torch.ones(H, dtype=torch.int64)],
+    ids=["longer", "matrix", "integers"],
+)
+def test_a_linear_whose_bias_is_no_vector_of_its_rows_takes_nothing_in(
+    tmp_path: Path, make: Make, bias: torch.Tensor
+) -> None:
+    source = model() | {f"{V}.bias": bias}
+    vectors = scales(*LINEARS, source=source)
+
+    assert written(tmp_path, make(source), "NVFP4_AWQ", vectors) == {OUT, *NORM_TENSORS}
+    assert raw(tensors(tmp_path / "out")[f"{V}.bias"]) == raw(bias)
+
+
+def test_planning_takes_time_in_proportion_to_the_modules(tmp_path: Path, make: Make) -> None:
+    """All decisions are gone through a few times in all, not once for each smoothed module."""
+
+    class Counted(list[Decision]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[Decision]:
+            self.passes += 1
+            return super().__iter__()
+
+    config = open_checkpoint(make(model())).config
+    found = Counted(
+        decision
+        for tensor in open_checkpoint(tmp_path / "in").tensors.values()
+        for decision in decide(tensor, recipe=recipe(algo="NVFP4_AWQ"), config=config, used=set())
+    )
+    statistics = stats(tmp_path, scales(*LINEARS, source=model()))
+
+    plan_smoothing(found, statistics, model_type="llama")
+
+    assert found.passes < len(LINEARS)
+
+
 def test_a_layer_without_the_linear_before_keeps_its_own(tmp_path: Path, make: Make) -> None:
     """up has no smoothing because gate and it have none: down's is written."""
     vectors = scales(DOWN, source=model())
@@ -236,7 +287,7 @@ def test_smoothing_of_what_is_not_quantized_is_noted(tmp_path: Path, make: Make)
     notes = make_plan(open_checkpoint(make(model())), asked, stats(tmp_path, vectors)).notes
 
     assert [note for note in notes if "pre_quant_scale" in note] == [
-        "a pre_quant_scale of what is not quantized does nothing: layers.0.q"
+        "the statistics' vectors of what is not quantized do nothing: layers.0.q.pre_quant_scale"
     ]
 
 
@@ -283,21 +334,6 @@ def test_shared_scales_are_those_of_the_smoothed_weights(tmp_path: Path, make: M
             assert raw(found[f"{reader}.weight"]) == raw(wanted["weight"])
 
 
-# every kind of rounding to bf16: exact, ties to even both ways, up, down, a carry, the extremes
-EDGES = np.array(
-    [
-        *(0x3F800000, 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF),
-        *(0x3FFFFFFF, 0x3F7FFFFF, 0x3EAAAAAB, 0x00800000, 0x7E800000),
-    ],
-    np.uint32,
-).view(np.float32)
-
-
-def resolved(folder: Path, **modules: F32) -> Vectors:
-    vectors = {f"{name}.pre_quant_scale": torch.tensor(p) for name, p in modules.items()}
-    return Vectors(measured(folder, vectors=vectors))
-
-
 def test_a_plan_with_smoothing_survives_json(tmp_path: Path, make: Make) -> None:
     statistics = stats(tmp_path, scales(*LINEARS, source=model()))
     checkpoint = open_checkpoint(make(model(biases=True)))
@@ -327,24 +363,3 @@ def test_a_bias_that_does_not_fit_into_memory_is_refused(tmp_path: Path, make: M
             workers=1,
             budget=64 << 10,
         )
-
-
-def test_vectors_are_those_of_numpy_and_ml_dtypes(tmp_path: Path) -> None:
-    generator = np.random.default_rng(3)
-    a = np.concatenate([EDGES, np.exp(generator.normal(0, 3, 500)).astype(np.float32)])
-    b, c = (np.exp(generator.normal(0, 1, len(a))).astype(np.float32) for _ in range(2))
-    found = resolved(tmp_path, a=a, b=b, c=c)
-
-    inverse = found.numbers(Vector(kind="inverse", of=["a"]))
-    rounded = Vector(kind="rounded", of=["a"])
-    two, three = Vector(kind="mean", of=["a", "b"]), Vector(kind="mean", of=["a", "b", "c"])
-
-    assert np.array_equal(inverse, np.float32(1) / a)
-    assert np.array_equal(found.numbers(rounded), bf16(a))
-    assert np.array_equal(found.numbers(two), bf16((bf16(a) + bf16(b)) / np.float32(2)))
-    total = bf16(a) + bf16(b) + bf16(c)
-    assert np.array_equal(found.numbers(three), bf16(total / np.float32(3)))
-    assert found.bf16(rounded) == a.astype(ml_dtypes.bfloat16).tobytes()
-    for vector in (rounded, two, three):
-        assert found.numbers(vector).dtype == np.float32
-        assert np.isfinite(found.numbers(vector)).all()

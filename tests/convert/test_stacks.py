@@ -1,6 +1,7 @@
 """Experts that are stacked in one tensor: split into hub names, or kept stacked and transposed."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,20 @@ def test_slices_of_a_transposed_stack_give_the_same_bytes(
     assert digests(tmp_path / "t") == digests(tmp_path / "a")
 
 
+def test_memory_does_not_grow_with_the_slices_of_a_stack(tmp_path: Path, make: Make) -> None:
+    """Each slice has sums of all rows: 12 MB of them here, were they kept until the end."""
+    stack = torch.ones(4, 512, 1536, dtype=torch.bfloat16)
+    config = {"model_type": "llama4_text", "hidden_size": 512}
+    path = make({f"{LAYER}.feed_forward.experts.gate_up_proj": stack}, config=config)
+    tracemalloc.start()
+
+    run(path, tmp_path / "out", algo="NVFP4", workers=1, budget=160 << 10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 4 << 20
+
+
 @pytest.mark.parametrize("algo", sorted(set(WRITABLE) - set(STACKABLE)))
 def test_a_format_without_a_stacked_layout_is_refused(make: Make, algo: str) -> None:
     path = make(transposed_stacks(), config={"model_type": "gpt_oss", "hidden_size": H})
@@ -266,6 +281,32 @@ def test_an_excluded_stack_stays_as_it_is(
     config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
     parent = "feed_forward" if model_type == "llama4_text" else "mlp"
     assert config["quantization"]["exclude_modules"] == [f"{LAYER}.{parent}*"]
+
+
+def test_experts_that_stay_stacked_are_noted(make: Make) -> None:
+    path = make(split_model("mixtral")[0], config={"model_type": "mixtral", "hidden_size": H})
+
+    (note,) = planned(path, algo="NVFP4", exclude=["*.experts"]).notes
+
+    stacks = ", ".join(f"{LAYER}.mlp.experts.{leaf}_proj" for leaf in ("down", "gate_up"))
+    assert stacks in note
+    assert "not split into the hub's tensors" in note
+
+
+def test_the_hint_to_exclude_a_stack_works(make: Make) -> None:
+    """The name of a single expert would not do: it can't be kept alone."""
+    stack, linear = randn(E, H, 40, seed=1), randn(40, H, seed=2)
+    path = make(
+        {f"{LAYER}.mlp.experts.down_proj": stack, f"{LAYER}.self_attn.o_proj.weight": linear},
+        config={"model_type": "mixtral", "hidden_size": H},
+    )
+
+    with pytest.raises(ConvertError, match="found 40; keep it with --exclude") as caught:
+        planned(path, algo="MXFP8")
+    hint = str(caught.value).split("--exclude '")[1].split("'")[0]
+
+    steps = planned(path, algo="MXFP8", exclude=[hint]).steps
+    assert {step.algo for step in steps} == {None, "MXFP8"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,62 @@ def test_vectors_are_part_of_the_plan(tmp_path: Path, make: Make) -> None:
 
 def test_no_decisions_need_no_statistics() -> None:
     assert input_amaxes([], Statistics()) == {}
+
+
+def test_vectors_are_not_held_in_memory(tmp_path: Path) -> None:
+    """64 MiB of them, of which only the header and the digest are wanted yet."""
+    size = 64 << 20
+    entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({f"{UP}.pre_quant_scale": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(tmp_path / "v.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    (tmp_path / "stats.json").write_text(json.dumps(document(vectors="v.safetensors")))
+    tracemalloc.start()
+
+    open_statistics(tmp_path / "stats.json")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 4 << 20
+
+
+def test_inputs_of_modules_that_are_not_there_are_noted(tmp_path: Path, make: Make) -> None:
+    """Those of kept modules and of experts in a kept stack are not: calibration sees them too."""
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    path = make(
+        {**pair(), "lm_head.weight": randn(8, 128, seed=2), stack: randn(2, 128, 128, seed=3)},
+        config={"model_type": "qwen3_moe", "hidden_size": 128},
+    )
+    expert = "model.layers.0.mlp.experts.1.up_proj"
+    inputs = {UP: 1.0, GATE: 1.0, "lm_head": 2.0, expert: 1.0, "model.layers.0.mlp.up": 3.0}
+    asked = recipe(algo="NVFP4", exclude=["*.experts*"])
+
+    notes = make_plan(open_checkpoint(path), asked, measured(tmp_path, inputs=inputs)).notes
+
+    assert [note for note in notes if "statistics" in note] == [
+        "the statistics have inputs of what the source lacks: model.layers.0.mlp.up"
+    ]
+
+
+def test_the_input_of_a_tied_head_is_known(tmp_path: Path, make: Make) -> None:
+    path = make(pair(), config={"tie_word_embeddings": True})
+    inputs = {UP: 1.0, GATE: 1.0, "lm_head": 2.0}
+
+    assert plan_of(path, measured(tmp_path, inputs=inputs), "NVFP4").notes == []
+
+
+def test_a_quantized_head_of_a_tied_model_is_noted(tmp_path: Path, make: Make) -> None:
+    path = make({"lm_head.weight": randn(64, 128, seed=1)}, config={"tie_word_embeddings": True})
+    asked = recipe(algo="MXFP8", include=["lm_head"])
+
+    (note,) = make_plan(open_checkpoint(path), asked).notes
+
+    assert "lm_head is quantized, but config.json has tie_word_embeddings" in note
+
+
+def test_statistics_that_no_format_uses_are_noted(tmp_path: Path, make: Make) -> None:
+    plan = plan_of(make(pair()), measured(tmp_path, inputs={UP: 1.0}), "MXFP8")
+
+    assert plan.notes == ["--amax does nothing: no format here has an input scale, and no KV cache"]

@@ -2,7 +2,14 @@
 
 import pytest
 
-from qschema.architectures import KNOWN, fused_siblings, has_tied_head, keep_reason, text_config
+from qschema.architectures import (
+    KNOWN,
+    fused_siblings,
+    has_tied_head,
+    keep_reason,
+    layer_index,
+    text_config,
+)
 
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
 MLP = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -130,3 +137,8 @@ def test_the_language_part_of_a_config_is_found() -> None:
     assert text_config({"thinker_config": {"text_config": inner}}) == inner
     assert text_config({"llm_config": inner}) == inner
     assert text_config(inner) == inner
+
+
+def test_a_digit_that_is_no_number_is_no_layer() -> None:
+    assert layer_index("layers.\u00b2.x") is None
+    assert layer_index("layers.2.x") == 2

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 from qconvert.errors import ConvertError
-from qkernels.native import supports
+from qkernels.native import available, supports
 from qschema.formats import Format
 
 
@@ -90,7 +90,7 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
     not here.
     """
     kind, _, ordinal = device.partition(":")
-    if kind != "cuda" and all(supports(name) for name in codecs):
+    if kind != "cuda" and available() and all(supports(name) for name in codecs):
         from qconvert.backends.native import NativeBackend
 
         return Device("cpu (native)", _num_cores(), NativeBackend)

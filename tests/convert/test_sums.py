@@ -1,0 +1,55 @@
+"""Sums of the error statistics: exact, in any order, in memory that does not grow."""
+
+import math
+import random
+import struct
+import tracemalloc
+from fractions import Fraction
+
+import pytest
+
+from qconvert.sums import ExactSum
+
+
+def added(*slices: list[float]) -> float:
+    total = ExactSum()
+    for numbers in slices:
+        total.add(memoryview(struct.pack(f"{len(numbers)}d", *numbers)))
+    return total.total()
+
+
+def numbers_of(count: int, *, seed: int) -> list[float]:
+    """Return numbers over 60 orders of magnitude, which no plain sum adds up right."""
+    generator = random.Random(seed)
+    return [generator.random() * 10.0 ** generator.randint(-40, 20) for _ in range(count)]
+
+
+def test_the_sum_is_exact_however_it_is_cut() -> None:
+    numbers = numbers_of(30000, seed=1)
+    exact = float(sum(map(Fraction, numbers)))
+
+    assert added(numbers) == exact
+    assert added(*(numbers[begin : begin + 7] for begin in range(0, 30000, 7))) == exact
+    assert added(numbers[20000:], [], numbers[:20000]) == exact
+    assert added() == 0.0
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_what_is_not_finite_stays(odd: float) -> None:
+    found = added([1.0] * 20000, [odd], [1.0] * 20000)
+
+    assert str(found) == str(odd)
+
+
+def test_memory_does_not_grow_with_the_numbers() -> None:
+    """A million numbers take 32 MB as a list."""
+    some = memoryview(struct.pack("1000d", *numbers_of(1000, seed=2)))
+    total = ExactSum()
+    tracemalloc.start()
+
+    for _ in range(1000):
+        total.add(some)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 2 << 20
