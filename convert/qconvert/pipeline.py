@@ -50,6 +50,8 @@ class _Shared:
     allow_nonfinite: bool
     progress: Progress
     stop: threading.Event = field(default_factory=threading.Event)
+    # one more for every worker that has ended
+    finished: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     results: dict[int, list[TensorReport]] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
 
@@ -102,10 +104,11 @@ def run(
             files.write(constant.output.file, data, offset=constant.output.offset)
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)
-                watch(shared.progress)
+        num_finished = 0
+        # not join: interrupted, it takes a thread that still runs for one that ended (bpo-45274)
+        while num_finished < len(threads):
+            num_finished += shared.finished.acquire(timeout=0.1)
+            watch(shared.progress)
     except BaseException:
         shared.stop.set()
         raise
@@ -139,6 +142,8 @@ def _work(shared: _Shared, device: Device, nbytes: int, slot: int) -> None:
     except BaseException as error:
         shared.errors.append(error)
         shared.stop.set()
+    finally:
+        shared.finished.release()
 
 
 def fitting_workers(plan: Plan, *, wanted: int, budget: int) -> int:

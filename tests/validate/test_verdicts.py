@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from qschema.plan import Tool
 from qschema.strict import Finding
 from qvalidate import cli
-from qvalidate.engines import EngineOutcome, EngineRequest
+from qvalidate.engines import FOUR_BITS, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.engines.outcome import Level, Verdict
 from qvalidate.result import Agreement, EngineReport, Prediction, Subject
 from qvalidate.result import Result as ValidationResult
@@ -99,6 +99,21 @@ def test_engine_is_asked_to_generate_and_to_compare_with_a_reference(
         "min_top1": 0.25,
         "max_relative_error": 2.0,
     }
+
+
+@pytest.mark.parametrize(("algo", "limits"), [("NVFP4", FOUR_BITS), ("MXFP8", Thresholds())])
+def test_the_limits_of_a_comparison_follow_from_the_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str, limits: Thresholds
+) -> None:
+    """Four bits cost more than eight; what the user asked for counts in any case."""
+    engine = stand_in(monkeypatch, "passed")
+    path = str(draft("qwen3", algo).write(tmp_path / "made"))
+    invoke(path, "--engine", "vllm", "--reference", path)
+    invoke(path, "--engine", "vllm", "--reference", path, "--max-kl", "7")
+    first, second = engine.requests
+
+    assert first.thresholds == limits
+    assert second.thresholds == limits.model_copy(update={"max_kl": 7.0})
 
 
 def test_passed_run_confirms_that_it_loads(good: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,18 @@ from typing import Literal, TypeVar
 import click
 
 from qvalidate import __version__, explain, report
-from qvalidate.engines import Engine, EngineRequest, Level, Thresholds, UnknownEngineError, get
+from qvalidate.engines import (
+    FOUR_BITS,
+    Engine,
+    EngineRequest,
+    Level,
+    Thresholds,
+    UnknownEngineError,
+    get,
+)
 from qvalidate.result import RunLevel
 from qvalidate.validation import validate
 
-_LIMITS = Thresholds()
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -34,9 +41,16 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def _number(
-    name: str, default: float, *, text: str, values: _Finite = _POSITIVE
+    name: str, default: float | None, *, text: str, values: _Finite = _POSITIVE
 ) -> Callable[[_Command], _Command]:
     return click.option(name, type=values, default=default, show_default=True, help=text)
+
+
+def _limit(name: str, field: str, *, text: str, values: _Finite) -> Callable[[_Command], _Command]:
+    """Return an option whose default depends on the checkpoint's codes."""
+    eight, four = (getattr(limits, field) for limits in (Thresholds(), FOUR_BITS))
+    default = f"{text} Default: {eight:g}, for 4-bit codes {four:g}."
+    return _number(name, None, text=default, values=values)
 
 
 class _CheckByDefault(click.Group):
@@ -89,9 +103,9 @@ def main() -> None:
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file."
 )
 @_number("--timeout", 600.0, text="Seconds for each start of the engine.")
-@_number("--max-kl", _LIMITS.max_kl, text="Mean KL, in nats.")
-@_number("--min-top1", _LIMITS.min_top1, text="Top-1 agreement.", values=_SHARE)
-@_number("--max-rel", _LIMITS.max_relative_error, text="Relative error of the logprobs.")
+@_limit("--max-kl", "max_kl", text="Mean KL, in nats.", values=_POSITIVE)
+@_limit("--min-top1", "min_top1", text="Top-1 agreement.", values=_SHARE)
+@_limit("--max-rel", "max_relative_error", text="Relative error of the logprobs.", values=_POSITIVE)
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 @click.option("-q", "--quiet", is_flag=True, help="No words on stderr, no notes.")
 @click.option("-v", "--verbose", is_flag=True, help="All findings of every rule.")
@@ -112,9 +126,9 @@ def check(
     style: Literal["text", "json"],
     output: Path | None,
     timeout: float,
-    max_kl: float,
-    min_top1: float,
-    max_rel: float,
+    max_kl: float | None,
+    min_top1: float | None,
+    max_rel: float | None,
     strict: bool,
     quiet: bool,
     verbose: bool,
@@ -133,11 +147,12 @@ def check(
     request = None
     if run_level is not None:
         request = _request(
-            ckpt, reference if run_level == "compare" else None, python, run_level, timeout,
-            (max_kl, min_top1, max_rel),
-        )  # fmt: skip
+            ckpt, reference if run_level == "compare" else None, python, run_level, timeout
+        )
+    asked = {"max_kl": max_kl, "min_top1": min_top1, "max_relative_error": max_rel}
+    limits = {field: value for field, value in asked.items() if value is not None}
     try:
-        result = validate(ckpt, reference=reference, engine=adapter, request=request)
+        result = validate(ckpt, reference=reference, engine=adapter, request=request, limits=limits)
     except ModuleNotFoundError as error:
         extra = "convert" if error.name == "torch" else "validate"
         needs = f"--reference needs {error.name}: pip install 'qconvert[{extra}]'"
@@ -212,7 +227,6 @@ def _request(
     python: str | None,
     level: Level,
     timeout: float,
-    limits: tuple[float, float, float],
 ) -> EngineRequest:
     try:
         return EngineRequest(
@@ -221,9 +235,6 @@ def _request(
             python=python,
             level=level,
             timeout_s=timeout,
-            thresholds=Thresholds(
-                max_kl=limits[0], min_top1=limits[1], max_relative_error=limits[2]
-            ),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

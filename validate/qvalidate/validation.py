@@ -1,12 +1,13 @@
 """One validation from a path to a Result: load, rules, and the engine if one is named."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from qschema.plan import Tool
 from qschema.strict import DocumentError, Finding
 from qvalidate import __version__
 from qvalidate.context import Context
-from qvalidate.engines import Engine, EngineOutcome, EngineRequest
+from qvalidate.engines import FOUR_BITS, Engine, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.loader import load
 from qvalidate.result import Agreement, EngineReport, Prediction, Result, RunLevel, Subject
 from qvalidate.rules import RULES, run
@@ -33,11 +34,13 @@ def validate(
     reference: Path | None = None,
     engine: Engine | None = None,
     request: EngineRequest | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Result:
     """Return what the rules, and the engine if a `request` goes with it, say about `path`.
 
     With `reference` every quantized weight is compared with the one in that source checkpoint. The
     engine is run also where the rules predict that it refuses: the report says whether it did.
+    `limits` replaces thresholds of its comparison by name; the others follow from the codes.
     """
     name = engine.name if engine else None
     level: RunLevel = request.level if request else "rules"
@@ -59,6 +62,9 @@ def validate(
     report = None
     if engine is not None:
         predicted, predicted_by = predict(findings, engine=engine.name)
+        if request is not None:
+            found = thresholds(context).model_copy(update=dict(limits or {}))
+            request = request.model_copy(update={"thresholds": found})
         observed = engine.run(request) if request else None
         if observed is not None:
             findings += observed.findings
@@ -125,3 +131,9 @@ def _subject(context: Context) -> Subject:
         num_tensors=len(context.checkpoint.tensors),
         num_quantized=len(context.quantized),
     )
+
+
+def thresholds(context: Context) -> Thresholds:
+    """Return what a comparison may show at worst, by the coarsest codes in the checkpoint."""
+    has_four_bits = any(declared.element in ("E2M1", "INT4") for _, declared in context.encoded)
+    return FOUR_BITS if has_four_bits else Thresholds()

@@ -3,10 +3,18 @@
 from importlib import import_module
 from typing import Protocol
 
-from qvalidate.engines.outcome import Comparison, EngineOutcome, EngineRequest, Level, Thresholds
+from qvalidate.engines.outcome import (
+    FOUR_BITS,
+    Comparison,
+    EngineOutcome,
+    EngineRequest,
+    Level,
+    Thresholds,
+)
 
 __all__ = [
     "ENGINES",
+    "FOUR_BITS",
     "Comparison",
     "Engine",
     "EngineOutcome",
