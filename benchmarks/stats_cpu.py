@@ -1,19 +1,23 @@
-"""What the error report costs: conversions with and without its sums, alternating, in one process.
+"""What the error report costs: conversions with and without its sums, alternating.
 
-    python benchmarks/stats_cpu.py --work DIR [--rounds 7]
+    python benchmarks/stats_cpu.py --work DIR [--rounds 7] [--wait 5]
 
-Uses the benchmark checkpoint under DIR that convert_cpu.py makes. Without sums the native kernels
-are called as if nobody had asked (the report then has sums of 0 and is thrown away); all else is
-the same. Appends one row per format to stats_cpu.csv: medians, and their ratio.
+Uses the benchmark checkpoint under DIR that convert_cpu.py makes. Each run is a process of its own,
+from its start to its end, as a user waits for it. Without sums the native kernels are called as if
+nobody had asked (the report then has sums of 0 and is thrown away); all else is the same. --wait
+pauses before each run, after which a virtual machine pays for free memory again, as it does for a
+command that finds it idle. Appends one row per format to stats_cpu.csv: medians, and their ratio.
 """
 
 import argparse
 import ctypes
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +46,6 @@ class Row:
     with_s: float
     without_s: float
     ratio: float
-    workers: int
     rounds: int
 
 
@@ -74,20 +77,29 @@ def no_sums() -> Iterator[None]:
         native.quantize = quantize
 
 
-def seconds(source: Path, out_dir: Path, algo: str, workers: int) -> float:
-    """Wall time of one conversion, from the plan to the rename."""
+def child(sums: str, source: Path, out_dir: Path, algo: str) -> None:
+    """Convert, in this process."""
     checkpoint = open_checkpoint(source)
+    device = resolve("cpu", codecs=[find(algo).codec])
+    with no_sums() if sums == "without" else nullcontext():
+        convert(
+            checkpoint,
+            make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo=algo)])),
+            out_dir,
+            statistics=Statistics(),
+            device=device,
+            workers=device.default_workers,
+            budget=1 << 30,
+            watch=lambda progress: None,
+        )
+
+
+def seconds(sums: str, source: Path, out_dir: Path, algo: str, *, wait: float) -> float:
+    """Wall time of one conversion, the start of Python included."""
+    command = [sys.executable, __file__, "--child", sums, str(source), str(out_dir), algo]
+    time.sleep(wait)
     start = time.perf_counter()
-    convert(
-        checkpoint,
-        make_plan(checkpoint, Recipe(rules=[Rule(match="*", algo=algo)])),
-        out_dir,
-        statistics=Statistics(),
-        device=resolve("cpu", codecs=[find(algo).codec]),
-        workers=workers,
-        budget=1 << 30,
-        watch=lambda progress: None,
-    )
+    subprocess.run(command, check=True)
     elapsed = time.perf_counter() - start
     shutil.rmtree(out_dir)
     return elapsed
@@ -97,30 +109,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--wait", type=float, default=0.0)
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("stats_cpu.csv"))
     args = parser.parse_args()
     source, out_dir = args.work / "bench-shards", args.work / "out-stats"
-    workers = resolve("cpu", codecs=[]).default_workers
     rows = []
     for algo in ALGOS:
-        times: tuple[list[float], list[float]] = ([], [])
+        times: dict[str, list[float]] = {"with": [], "without": []}
         # one untimed
         for place in range(-1, args.rounds):
-            found = [seconds(source, out_dir, algo, workers)]
-            with no_sums():
-                found.append(seconds(source, out_dir, algo, workers))
-            for samples, value in zip(times, found, strict=True):
+            for sums, samples in times.items():
+                value = seconds(sums, source, out_dir, algo, wait=args.wait)
                 samples += [value] if place >= 0 else []
-        with_s, without_s = (statistics.median(samples) for samples in times)
+        with_s, without_s = (statistics.median(samples) for samples in times.values())
         rows.append(
             Row(
                 date=datetime.now(UTC).date().isoformat(),
                 commit=commit(),
-                case=f"bench-shards {algo}",
+                case=f"bench-shards {algo} wait {args.wait:g} s",
                 with_s=round(with_s, 3),
                 without_s=round(without_s, 3),
                 ratio=round(with_s / without_s, 3),
-                workers=workers,
                 rounds=args.rounds,
             )
         )
@@ -129,4 +138,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
+    else:
+        main()
