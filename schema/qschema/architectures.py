@@ -9,7 +9,8 @@ its presets leave alone); vLLM 0.33.0 packed_modules_mapping of its models (what
 
 import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from itertools import pairwise
 
 from qschema.strict import Json, Strict
@@ -185,7 +186,8 @@ def keep_reason(module: str, *, config: Mapping[str, Json]) -> str | None:
     """
     parts = module.split(".")
     for rule in KEEP_RULES:
-        if matching(".".join(parts[-rule.tail :]), rule.patterns):
+        seen = ".".join(parts[-rule.tail :]) if rule.tail else module
+        if _any_of(rule.patterns).search(seen):
             return rule.reason
     depth = text_config(config).get("num_hidden_layers")
     layer = layer_index(module)
@@ -197,7 +199,26 @@ def keep_reason(module: str, *, config: Mapping[str, Json]) -> str | None:
 
 def matching(module: str, patterns: Iterable[str]) -> str | None:
     """Return the first of `patterns` that `module` matches, None without one."""
-    return next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
+    for pattern in patterns:
+        if _any_of((pattern,)).search(module):
+            return pattern
+    return None
+
+
+@cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Return one expression whose `search` finds what any of the fnmatch `patterns` matches."""
+    return re.compile("|".join(map(_expression, patterns)))
+
+
+def _expression(pattern: str) -> str:
+    inner = pattern.strip("*")
+    if set("*?[") & set(inner):
+        return r"\A" + translate(pattern)
+    # a star at an end is what a search does by itself, and much faster
+    opening = "" if pattern.startswith("*") else r"\A"
+    closing = "" if pattern.endswith("*") else r"\Z"
+    return opening + re.escape(inner) + closing
 
 
 def fused_siblings(module: str) -> tuple[str, ...]:
@@ -227,7 +248,10 @@ def find_stack(name: str, *, model_type: str | None) -> Stack | None:
 
 def hub_name(name: str, *, model_type: str | None) -> str:
     """Return the hub's name of a tensor or module that may have Transformers 5's in-memory name."""
-    found, wanted = HUB_PARTS.get(model_type or "", ("", ""))
+    parts = HUB_PARTS.get(model_type or "")
+    if parts is None:
+        return name
+    found, wanted = parts
     return ".".join(wanted if part == found else part for part in name.split("."))
 
 

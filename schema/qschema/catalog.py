@@ -17,6 +17,7 @@ from qschema.recipe import Recipe
 from qschema.report import Report
 from qschema.safetensors import Header
 from qschema.strict import Json, Strict
+from qschema.timings import Timings
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,15 @@ DOCUMENTS = (
         model=Report,
         sniff=_is("qconvert-report"),
         checks="What a conversion did: the provenance of a converted checkpoint.",
+    ),
+    Document(
+        id="timings",
+        title="qconvert timings",
+        names=("qconvert_timings.json", "*.timings.json"),
+        container="json",
+        model=Timings,
+        sniff=_is("qconvert-timings"),
+        checks="Where the time of a conversion went, stage by stage.",
     ),
 )
 

@@ -226,8 +226,11 @@ def _index(
         )
         return name, {}, {}
     shards: dict[str, str] = {}
+    right: set[str] = set()
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if isinstance(shard, str) and shard not in right and Path(shard).name == shard:
+            right.add(shard)
+        if not isinstance(shard, str) or shard not in right:
             findings.append(
                 _found(
                     path / name,

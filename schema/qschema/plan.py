@@ -1,7 +1,8 @@
 """What a conversion will do, tensor by tensor, known before the first weight is read.
 
-A plan is a value: it holds no path of this machine, can be printed, hashed, compared and sent to
-another process. Offsets are absolute byte positions in the file that is named.
+A plan is a value: it can be printed, written to a file, hashed, compared and sent to another
+process. What it says of one machine, `where` and `high_water`, stands apart and is no part of its
+digest. Offsets are absolute byte positions in the file that is named.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from qschema.recipe import AlgoName, Recipe
-from qschema.strict import Strict
+from qschema.strict import Numerous, Strict
 
 
 class Tool(Strict):
@@ -31,7 +32,7 @@ class Source(Strict):
     nbytes: int = Field(ge=0)
 
 
-class Span(Strict):
+class Span(Numerous):
     """One stored tensor: `nbytes` bytes at `offset` of `file`, a name in the checkpoint."""
 
     name: str
@@ -42,8 +43,9 @@ class Span(Strict):
     nbytes: int = Field(ge=0)
 
 
-# quantize: codes and scales; keep: the same bytes; fold: a norm or a bias that takes in smoothing
-Action: TypeAlias = Literal["quantize", "keep", "fold"]
+# quantize: codes and scales; keep: the same bytes; fold: a norm or a bias that takes in smoothing;
+# drop: not written at all
+Action: TypeAlias = Literal["quantize", "keep", "fold", "drop"]
 
 
 class Output(Span):
@@ -70,7 +72,7 @@ class Scaling(Strict):
     divisor: Vector | None = None
 
 
-class Step(Strict):
+class Step(Numerous):
     """What happens to one source tensor, or to one matrix of a stack of experts."""
 
     source: Span
@@ -89,11 +91,11 @@ class Step(Strict):
     scalings: list[Scaling] = Field(default_factory=list)
     # what the format's smoothing tensor holds, if it is written
     smoothing: Vector | None = None
-    # of a kept tensor the tensor itself
+    # of a kept tensor the tensor itself, of a dropped one nothing
     outputs: list[Output]
 
 
-class Unit(Strict):
+class Unit(Numerous):
     """The smallest set of tensors to be quantized together: one weight, or fused siblings.
 
     A scale of the whole weight is that of the unit's largest magnitude.
@@ -129,12 +131,39 @@ class SideFile(Strict):
     nbytes: int | None = Field(default=None, ge=0)
 
 
+class Where(Strict):
+    """The places that a plan was made from, as absolute paths of the machine that made it."""
+
+    source: str
+    statistics: str | None = None
+
+
+class HighWater(Strict):
+    """The most that a run takes, on this device, with so many workers and this budget.
+
+    disk: what must be free beside the source. host: memory of the process. gpu: memory of each GPU.
+    """
+
+    device: str
+    workers: int = Field(ge=1)
+    memory_budget: int = Field(ge=0)
+    disk_nbytes: int = Field(ge=0)
+    host_nbytes: int = Field(ge=0)
+    gpu_nbytes: int = Field(ge=0)
+
+
+# what a plan says of one machine
+LOCAL = frozenset({"where", "high_water"})
+
+
 class Plan(Strict):
     """Everything that a conversion reads and writes, accounted for."""
 
     document: Literal["qconvert-plan"] = "qconvert-plan"
     version: Literal[1] = 1
     tool: Tool
+    where: Where | None = None
+    high_water: HighWater | None = None
     source: Source
     recipe: Recipe
     # sha256 of the statistics' vectors, if any are used
@@ -172,5 +201,28 @@ class Plan(Strict):
         return sum(shard.nbytes for shard in self.shards)
 
     def sha256(self) -> str:
-        """Return the digest of the plan's canonical JSON, which names a conversion exactly."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Return the digest of the plan's canonical JSON, which names a conversion exactly.
+
+        It is that of every machine: `where` and `high_water` are left out.
+        """
+        state = hashlib.sha256()
+        for part in self._canonical():
+            state.update(part.encode())
+        return state.hexdigest()
+
+    def _canonical(self) -> Iterator[str]:
+        """Yield the text of `model_dump_json`, without what is local, a unit at a time."""
+        opening = "{"
+        for name in type(self).model_fields:
+            if name in LOCAL:
+                continue
+            if name == "units":
+                yield f'{opening}"units":['
+                for place, unit in enumerate(self.units):
+                    yield f"{',' if place else ''}{unit.model_dump_json()}"
+                yield "]"
+            else:
+                # without the braces
+                yield opening + self.model_dump_json(include={name})[1:-1]
+            opening = ","
+        yield "}"

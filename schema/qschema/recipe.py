@@ -66,6 +66,8 @@ class Recipe(Strict):
     exclude: list[str] = Field(default_factory=list)
     # modules that are quantized although a default exclusion names them
     include: list[str] = Field(default_factory=list)
+    # tensors that are not written at all; a pattern for a module means all tensors below it
+    drop: list[str] = Field(default_factory=list)
     # files of the source to leave behind, beside known second copies of the weights
     leave: list[str] = Field(default_factory=list)
     # files to copy although they look like a second copy, or belong to no index
@@ -78,6 +80,8 @@ class Recipe(Strict):
     fail_if: list[FailIf] = Field(default_factory=list)
     # NaN and Inf in the source: an error that names the tensor, unless allowed
     allow_nonfinite: bool = False
+    # what the report names tensors' bytes by; blake3 costs a third of sha256's time
+    digest: Literal["blake3", "sha256"] = "blake3"
 
     @model_validator(mode="after")
     def _quantizes(self) -> "Recipe":

@@ -9,19 +9,19 @@ from pydantic import Field
 
 from qschema.plan import Action, SideFile, Source, Tool
 from qschema.recipe import AlgoName, Recipe
-from qschema.strict import Strict
+from qschema.strict import Numerous, Strict
 
 
-class WrittenTensor(Strict):
-    """One tensor of the output; `sha256` is of its raw bytes in the file."""
+class WrittenTensor(Numerous):
+    """One tensor of the output; `digest` is of its raw bytes in the file, "blake3:..."."""
 
     name: str
     dtype: str
     shape: list[int]
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    digest: str = Field(pattern="^(blake3|sha256):[0-9a-f]{64}$")
 
 
-class TensorReport(Strict):
+class TensorReport(Numerous):
     """What became of one source tensor, or of one matrix of a stack of experts."""
 
     source: str

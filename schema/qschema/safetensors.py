@@ -9,6 +9,7 @@ overlap.
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class Header(Strict):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """Where one tensor lies: absolute byte `offset` in `file`."""
 
@@ -165,12 +166,14 @@ def read_header(path: Path) -> ShardHeader:
         )
     header = parse_header(raw, file=str(path))
     base = 8 + header_nbytes
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     stored = {
         name: Stored(
             file=path,
             name=name,
-            dtype=info.dtype,
-            shape=tuple(info.shape),
+            # one object for all tensors that have it
+            dtype=sys.intern(info.dtype),
+            shape=shapes.setdefault(shape := tuple(info.shape), shape),
             offset=base + info.data_offsets[0],
             nbytes=info.data_offsets[1] - info.data_offsets[0],
         )
@@ -200,7 +203,7 @@ def parse_header(raw: bytes, *, file: str) -> Header:
     return Header.parse(parse_json(raw.rstrip(b" "), file=file), file=file)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor to be written: its place in a file follows from `layout`."""
 

@@ -7,6 +7,7 @@ errors, values are not coerced, nothing is filled in behind the reader's back (d
 import difflib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
@@ -41,6 +42,23 @@ class Strict(BaseModel):
             return cls.model_validate(document)
         except pydantic.ValidationError as error:
             raise DocumentError(findings_of(error, file=file, document=document)) from None
+
+
+class Numerous(Strict):
+    """Base of models that a document holds many of: one for each tensor of a checkpoint, or more.
+
+    Pydantic notes in each object which of its fields were given; that set takes more memory than
+    the fields. Here all objects of a class share one, which says that all were.
+    """
+
+    def model_post_init(self, context: object, /) -> None:
+        """Forget which fields were given."""
+        object.__setattr__(self, "__pydantic_fields_set__", _all_fields(type(self)))
+
+
+@cache
+def _all_fields(model: type[BaseModel]) -> set[str]:
+    return set(model.model_fields)
 
 
 class Verbatim(Strict):

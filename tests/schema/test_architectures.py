@@ -1,13 +1,18 @@
 """The architecture map on module names of real models: what is Linear, what stays, what fuses."""
 
+from fnmatch import fnmatchcase
+from itertools import product
+
 import pytest
 
 from qschema.architectures import (
+    KEEP_RULES,
     KNOWN,
     fused_siblings,
     has_tied_head,
     keep_reason,
     layer_index,
+    matching,
     text_config,
 )
 
@@ -142,3 +147,34 @@ def test_the_language_part_of_a_config_is_found() -> None:
 def test_a_digit_that_is_no_number_is_no_layer() -> None:
     assert layer_index("layers.\u00b2.x") is None
     assert layer_index("layers.2.x") == 2
+
+
+ODD_PATTERNS = [
+    "",
+    "*",
+    "**",
+    "a",
+    "a*",
+    "*a",
+    "*a*",
+    "a*b",
+    "*.a",
+    "a?",
+    "*[0-9]",
+    "[!a]*",
+    "*[",
+    "*[*]*",
+]
+
+
+@pytest.mark.parametrize(
+    "pattern", [*ODD_PATTERNS, *(p for rule in KEEP_RULES for p in rule.patterns)]
+)
+def test_a_pattern_matches_what_fnmatch_says(pattern):
+    inner = pattern.strip("*")
+    names = ["".join(letters) for n in range(4) for letters in product("ab.0[*\n", repeat=n)]
+    names += [f"{head}{inner}{tail}" for head in ("", "x", "\n") for tail in ("", "x", "\n")]
+
+    found = [name for name in names if matching(name, [pattern]) is not None]
+
+    assert found == [name for name in names if fnmatchcase(name, pattern)]

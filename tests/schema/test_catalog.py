@@ -26,6 +26,7 @@ ANONYMOUS = [
     ("recipe", "as_json.json", "mine.json"),
     ("plan", "llama_blocks.json", "dry-run.json"),
     ("report", "llama_blocks.json", "provenance.json"),
+    ("timings", "two_workers.json", "speed.json"),
 ]
 
 
@@ -50,6 +51,7 @@ def test_document_is_recognised_by_content(kind, example, name, tmp_path):
         ("llama.recipe.yml", "recipe"),
         ("qconvert_plan.json", "plan"),
         ("qconvert_report.json", "report"),
+        ("llama.timings.json", "timings"),
     ],
 )
 def test_document_is_recognised_by_name(name, kind, tmp_path):

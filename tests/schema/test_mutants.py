@@ -29,9 +29,10 @@ REQUIRED = {
     "amax": {"document", "version", "inputs", "k", "v"},
     "plan": {
         *("tool", "source", "recipe", "units", "steps", "outputs", "reason", "offset", "rules"),
-        *("axis", "factor", "kind", "of", "output"),
+        *("axis", "factor", "kind", "of", "output", "workers", "disk_nbytes"),
     },
-    "report": {"tool", "source", "recipe", "tensors", "outputs", "reason", "sha256", "rules"},
+    "report": {"tool", "source", "recipe", "tensors", "outputs", "reason", "digest", "rules"},
+    "timings": {"tool", "plan_sha256", "stages", "stage", "seconds", "wall_s", "reused_nbytes"},
 }
 # keys whose text is one of a fixed set
 CHOICES = {
@@ -45,6 +46,7 @@ CHOICES = {
     "amax": {"document"},
     "plan": {"document", "action", "axis", "kind", "kv_cache"},
     "report": {"document", "action"},
+    "timings": {"document", "stage"},
 }
 
 Place = tuple[str | int, ...]

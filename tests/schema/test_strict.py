@@ -3,6 +3,7 @@
 import pytest
 
 from qschema.hf_quant_config import Producer
+from qschema.plan import Output
 from qschema.quantization_config import ModelConfig
 from qschema.strict import DocumentError, json_path, parse_json
 
@@ -76,3 +77,14 @@ def test_verbatim_model_made_in_python_keeps_the_order_of_its_arguments():
 
     assert list(made.model_dump()) == ["version", "name"]
     assert made.model_dump_json() == '{"version":"1","name":"modelopt"}'
+
+
+def test_objects_of_a_numerous_model_are_as_others_but_share_what_was_given():
+    values = {"name": "w", "file": "a", "dtype": "BF16", "shape": [2], "offset": 8, "nbytes": 4}
+
+    plain, given = Output(**values), Output(**values, suffix="")
+
+    assert plain == given == Output.model_validate(plain.model_dump())
+    assert plain.model_dump_json() == given.model_dump_json(exclude_unset=True)
+    assert plain.model_fields_set is given.model_fields_set
+    assert plain.model_copy(update={"nbytes": 5}) == Output(**{**values, "nbytes": 5})

@@ -30,6 +30,7 @@ def formats() -> Mapping[str, Format]:
     return MappingProxyType({declared.name: declared for declared in sorted(found, key=_by_name)})
 
 
+@cache
 def find(name: str) -> Format:
     """Return the format called `name`: its name, spelling or an alias, in any case.
 

@@ -6,6 +6,7 @@ Dimensions are written as text over the Linear's N (rows out) and K (columns in)
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -145,6 +146,7 @@ class Format(Strict):
         return None
 
 
+@lru_cache(maxsize=4096)
 def resolve(dims: tuple[str, ...], *, rows: int, columns: int) -> tuple[int, ...]:
     """Return the sizes of the dimension texts `dims` for N = rows, K = columns.
 
