@@ -6,6 +6,7 @@ imports no torch: a codec's module does.
 """
 
 import importlib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from qkernels.codec import Codec
 
 # modules of this package that hold no codec
-_SHARED = frozenset({"codec", "errors", "native", "stats"})
+_SHARED = frozenset({"amax", "codec", "errors", "native", "stats"})
 
 
 def codecs() -> list[str]:
@@ -24,6 +25,7 @@ def codecs() -> list[str]:
     return sorted(stem.upper() for stem in stems - _SHARED if not stem.startswith("_"))
 
 
+@cache
 def kernels_for(name: str) -> "Codec":
     """The codec of a name in any case. Imports torch.
 

@@ -1,4 +1,4 @@
-"""Scales of the torch references, from the largest magnitudes of what they are for."""
+"""Scales: where they lie, and those of the torch references, from largest magnitudes."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,19 @@ class GlobalScale:
 
     suffix: str
     divisor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Types of codes and scales, and which elements share a scale, for kernels of any format."""
+
+    codes: str
+    """e4m3, int8, e2m1 (two columns to a byte, the even low) or int4 (two rows, the even low)."""
+    scales: str
+    """f32, e8m0, e4m3 (times the scale of the whole weight), or whole: that one alone."""
+    scale_rows: int = 1
+    scale_cols: int = 0
+    """Columns of a row under one scale; 0: all."""
 
 
 def scale_from_amax(amax: Tensor, *, source: torch.dtype, divisor: float) -> Tensor:

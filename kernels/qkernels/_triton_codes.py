@@ -154,6 +154,13 @@ def unpack_words(words):
 
 
 @triton.jit
+def e2m1_numbers(codes):
+    """Numbers, f32, of the e2m1 codes in the low 4 bits of int32; as unpack_words has them."""
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 2.0**126
+
+
+@triton.jit
 def nibble_numbers(codes):
     """Numbers, f32, of two's complement codes in the low 4 bits of int32."""
     # 2^23 + 8 + the number, since the code without its sign's weight is 8 more

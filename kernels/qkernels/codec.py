@@ -1,80 +1,37 @@
 """What every format's kernels have in common: one `Codec` per module, the same methods on all.
 
 A codec's module holds what is particular to it: the shapes of its tensors, the torch reference,
-what its codes stand for, and the launches of its Triton kernels. Everything else is here: checks,
-batches, the scale of a whole weight, native calls, dequantization, statistics. No format's name
-may be compared in this file.
+what its codes stand for, and the launches of its Triton kernels. Everything else is here: batches,
+the scale of a whole weight, native calls, dequantization, statistics; checks are in `_declared`. No
+format's name may be compared in either file.
 
 Shapes: N rows out, K columns in, E matrices of a batch, R = E * N rows of all of them.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from qkernels import native
-from qkernels._scales import GlobalScale, scale_from_amax
+from qkernels._checks import SOURCE_DTYPES, check_contiguous, check_cpu
+from qkernels._declared import Declared, Shapes
+from qkernels._scales import scale_from_amax
+from qkernels.amax import amax_native, amax_torch, amax_triton
 from qkernels.errors import KernelError
 from qkernels.stats import RowStats, by_row_chunks, error_stats
 
-SOURCE_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-Shapes: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+__all__ = ["SOURCE_DTYPES", "Codec", "Shapes"]
 
 
-class Codec(ABC):
+class Codec(Declared):
     """Quantize and dequantize in one format, by the reference, Triton and C: the same bytes.
 
     A weight is [N, K] or a batch [E, N, K], bf16, f16 or f32, any strides, any values. Tensors are
     keyed by suffix: codes, then scales by block or row, then the scale of the whole weight, which
     is [] for a matrix and [E] for a batch.
     """
-
-    name: str
-    # rows that share a scale or a byte; N and K of every weight must be multiples
-    block_rows = 1
-    multiple_of_n = 1
-    multiple_of_k = 1
-    # elements in a byte of the codes, along N and along K
-    packed_n = 1
-    packed_k = 1
-    global_scale: GlobalScale | None = None
-    # w / scale beyond these clips by more than rounding
-    limits: tuple[float, float]
-
-    # what a format's module says
-
-    @abstractmethod
-    def shapes(self, n: int, k: int) -> Shapes:
-        """Suffix -> (dtype, shape) of the tensors whose first dimension follows the rows."""
-
-    @abstractmethod
-    def encode(self, w_NK: Tensor, global_scale: Tensor | None) -> tuple[Tensor, ...]:
-        """Those tensors, by the reference; w_NK is a checked matrix, contiguous."""
-
-    @abstractmethod
-    def scales(self, tensors: Mapping[str, Tensor], n: int, k: int) -> Tensor:
-        """What each number is multiplied with, f32, broadcasts to [n, k]."""
-
-    @abstractmethod
-    def launch_quantize(
-        self, w_RK: Tensor, outs: tuple[Tensor, ...], global_scale_E: Tensor | None, n: int
-    ) -> None:
-        """Fill `outs` by the Triton kernel; n rows of w_RK, contiguous, belong to each matrix."""
-
-    @abstractmethod
-    def launch_dequantize(
-        self, ins: tuple[Tensor, ...], global_scale_E: Tensor | None, n: int, out_RK: Tensor
-    ) -> None:
-        """Fill out_RK, contiguous, by the Triton kernel."""
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Numbers that the codes stand for before scaling, f32 [N, K]; packed codes say how."""
-        return codes.float()
 
     # what callers use
 
@@ -116,6 +73,22 @@ class Codec(ABC):
         }
         return self._named(shaped, scale)
 
+    def quantize_into_triton(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """None, after filling codes and scales of `tensors` with what quantize_triton returns.
+
+        One launch, and nothing is allocated. w_NK and tensors: contiguous, packed codes and their
+        weight at a multiple of 4 bytes; of codecs that have one, the scale of the whole weight is
+        read.
+        Raises: KernelError for a batch, other names, dtypes, shapes or strides.
+        """
+        n, k = self._check_matrix(w_NK, tensors)
+        for suffix, tensor in {"w": w_NK, **tensors}.items():
+            check_contiguous(suffix, tensor)
+        outs = tuple(tensors[suffix] for suffix in self.shapes(n, k))
+        scale = self._given_scale(tensors)
+        if w_NK.numel():
+            self.launch_quantize(w_NK, outs, None if scale is None else scale.view(1), n)
+
     def quantize_native(
         self, w: Tensor, *, global_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -124,7 +97,7 @@ class Codec(ABC):
         Raises: KernelError also when w is on another device or there is no native kernel.
         """
         n, k = self._check_weight(w)
-        _check_cpu(w)
+        check_cpu(w)
         scale = self._own_scale(w, global_scale, self.amax_native)
         if w.ndim == 3:
             return self._batch(w, scale, self.quantize_native)
@@ -189,7 +162,7 @@ class Codec(ABC):
     ) -> Tensor:
         """The same weight as dequantize_torch, by the C kernel; the tensors are on the CPU."""
         batch, n, k = self._check_tensors(tensors, dtype)
-        _check_cpu(self._codes(tensors))
+        check_cpu(self._codes(tensors))
         if batch:
             parts = [self.dequantize_native(part, dtype=dtype) for part in _unbind(tensors)]
             return torch.stack(parts) if parts else self._empty_weight(tensors, dtype)
@@ -218,18 +191,12 @@ class Codec(ABC):
             return self.dequantize_native(tensors, dtype=dtype)
         return self.dequantize_torch(tensors, dtype=dtype)
 
-    def row_stats(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> RowStats:
+    def row_stats_torch(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> RowStats:
         """What quantization lost of the matrix w_NK; bounded memory, no wait for the device.
 
         Raises: KernelError for a batch, other names, dtypes or shapes, or those of another weight.
         """
-        n, k = self._check_weight(w_NK)
-        found = self._check_tensors(tensors, w_NK.dtype)
-        if w_NK.ndim != 2 or found != ((), n, k):
-            raise KernelError(
-                f"expected the tensors of a weight of shape (N, K), got {tuple(w_NK.shape)} "
-                f"and tensors of shape {(*found[0], *found[1:])}"
-            )
+        _, k = self._check_matrix(w_NK, tensors)
         w_NK = w_NK.detach()
         low, high = self.limits
 
@@ -250,81 +217,44 @@ class Codec(ABC):
 
         return by_row_chunks(w_NK, chunk, multiple=self.block_rows)
 
-    def amax_torch(self, w: Tensor) -> Tensor:
-        """Largest finite magnitude, f32 [], or [E] of a batch; exact, 0.0 of nothing."""
-        magnitude = w.detach().abs().flatten(w.ndim - 2)
-        finite = magnitude.where(magnitude.isfinite(), 0.0)
-        return (finite.amax(-1) if finite.shape[-1] else finite.sum(-1)).float()
+    def row_stats_triton(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> RowStats:
+        """The same counts and, but for the order of the f64 additions, sums, by a Triton kernel."""
+        self._check_matrix(w_NK, tensors)
+        stats = RowStats.empty(w_NK.shape[0], w_NK.device)
+        whole = {suffix: tensor.detach().contiguous() for suffix, tensor in tensors.items()}
+        self.row_stats_into_triton(w_NK.detach().contiguous(), whole, stats)
+        return stats
 
-    def amax_triton(self, w: Tensor) -> Tensor:
-        """The same as amax_torch, by a Triton kernel, on the device of w."""
-        from qkernels import _triton_amax
+    def row_stats_into_triton(
+        self, w_NK: Tensor, tensors: Mapping[str, Tensor], stats: RowStats
+    ) -> None:
+        """None, after writing the sums of row_stats_triton to `stats` and adding its counts.
 
-        flat_EM = w.detach().contiguous().view(prod(w.shape[:-2]), w.shape[-2] * w.shape[-1])
-        amax_E = torch.zeros(flat_EM.shape[0], dtype=torch.float32, device=w.device)
-        if flat_EM.numel():
-            _triton_amax.amax(flat_EM, amax_E)
-        return amax_E.view(w.shape[:-2])
+        One launch, and nothing is allocated. w_NK and tensors: contiguous.
+        Raises: KernelError also for other strides.
+        """
+        from qkernels import _triton_stats
 
-    def amax_native(self, w: Tensor) -> Tensor:
-        """The same as amax_torch, by the C kernel; w is on the CPU."""
-        _check_cpu(w)
-        if w.ndim == 3:
-            parts = [self.amax_native(matrix) for matrix in w]
-            return torch.stack(parts) if parts else torch.empty(0)
-        source = w.detach().contiguous()
-        amax, _ = native.amax(source.data_ptr(), SOURCE_DTYPES[w.dtype], source.numel())
-        return torch.tensor(amax, dtype=torch.float32)
+        n, k = self._check_matrix(w_NK, tensors)
+        for suffix, tensor in {"w": w_NK, **tensors}.items():
+            check_contiguous(suffix, tensor)
+        ins = [tensors[suffix] for suffix in self.shapes(n, k)]
+        if n:
+            _triton_stats.row_stats(
+                w_NK, ins, self._given_scale(tensors), stats, layout=self.layout, limits=self.limits
+            )
 
-    # checks and small parts
+    def row_stats(self, w_NK: Tensor, tensors: Mapping[str, Tensor]) -> RowStats:
+        """The same by the fastest implementation for w's device."""
+        if w_NK.is_cuda:
+            return self.row_stats_triton(w_NK, tensors)
+        return self.row_stats_torch(w_NK, tensors)
 
-    def _check_weight(self, w: Tensor) -> tuple[int, int]:
-        if w.ndim not in (2, 3):
-            shape = tuple(w.shape)
-            raise KernelError(f"expected a weight of shape (N, K) or (E, N, K), got shape {shape}")
-        _check_dtype(w.dtype)
-        n, k = w.shape[-2:]
-        self._check_size(n, k)
-        return n, k
+    amax_torch = staticmethod(amax_torch)
+    amax_triton = staticmethod(amax_triton)
+    amax_native = staticmethod(amax_native)
 
-    def _check_size(self, n: int, k: int) -> None:
-        for axis, size, multiple in (("N", n, self.multiple_of_n), ("K", k, self.multiple_of_k)):
-            if size % multiple:
-                raise KernelError(f"expected {axis} in multiples of {multiple}, got {size}")
-
-    def _check_tensors(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> tuple[tuple[int, ...], int, int]:
-        """(batch, N, K) of tensors that are as they should be, batch () or (E,)."""
-        _check_dtype(dtype)
-        names = [*self.shapes(0, 0), *([self.global_scale.suffix] if self.global_scale else [])]
-        if set(tensors) != set(names):
-            raise KernelError(f"expected the tensors {sorted(names)}, got {sorted(tensors)}")
-        codes = self._codes(tensors)
-        if codes.ndim not in (2, 3):
-            shape = tuple(codes.shape)
-            raise KernelError(f"expected {names[0]} of shape (N, K) or (E, N, K), got {shape}")
-        n, k = codes.shape[-2] * self.packed_n, codes.shape[-1] * self.packed_k
-        self._check_size(n, k)
-        batch = tuple(codes.shape[:-2])
-        expected = {
-            suffix: (dtype, (*batch, *shape))
-            for suffix, (dtype, shape) in self.shapes(n, k).items()
-        }
-        if self.global_scale is not None:
-            expected[self.global_scale.suffix] = (torch.float32, batch)
-        for suffix, (wanted, shape) in expected.items():
-            tensor = tensors[suffix]
-            if tensor.dtype != wanted or tuple(tensor.shape) != shape:
-                raise KernelError(
-                    f"expected {suffix} of dtype {wanted} and shape {shape}, "
-                    f"got dtype {tensor.dtype} and shape {tuple(tensor.shape)}"
-                )
-            if tensor.device != codes.device:
-                raise KernelError(
-                    f"expected {suffix} on {codes.device} beside {names[0]}, got {tensor.device}"
-                )
-        return batch, n, k
+    # small parts
 
     def _own_scale(
         self, w: Tensor, given: Tensor | None, amax: Callable[[Tensor], Tensor]
@@ -342,16 +272,10 @@ class Codec(ABC):
             )
         return given.to(w.device).contiguous()
 
-    def _given_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        return tensors[self.global_scale.suffix] if self.global_scale else None
-
     def _named(self, tensors: dict[str, Tensor], scale: Tensor | None) -> dict[str, Tensor]:
         if self.global_scale is not None and scale is not None:
             tensors[self.global_scale.suffix] = scale
         return tensors
-
-    def _codes(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors[next(iter(self.shapes(0, 0)))]
 
     def _batch(
         self, w: Tensor, scale: Tensor | None, quantize: Callable[..., dict[str, Tensor]]
@@ -373,17 +297,6 @@ class Codec(ABC):
         codes = self._codes(tensors)
         n, k = codes.shape[-2] * self.packed_n, codes.shape[-1] * self.packed_k
         return torch.empty(*codes.shape[:-2], n, k, dtype=dtype, device=codes.device)
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in SOURCE_DTYPES:
-        names = ", ".join(str(known) for known in SOURCE_DTYPES)
-        raise KernelError(f"expected a dtype of {names}, got {dtype}")
-
-
-def _check_cpu(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise KernelError(f"expected a tensor on the CPU, got one on {tensor.device}")
 
 
 def _empty(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:

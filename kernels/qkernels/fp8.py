@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qkernels._e4m3 import E4M3_LIMIT, E4M3_MAX, encode, sign_bits
-from qkernels._scales import GlobalScale
+from qkernels._scales import GlobalScale, Layout
 from qkernels.codec import Codec, Shapes
 
 
@@ -32,6 +32,7 @@ class _Fp8(Codec):
 
     name = "FP8"
     global_scale = GlobalScale(suffix="weight_scale", divisor=E4M3_MAX)
+    layout = Layout(codes="e4m3", scales="whole")
     limits = (-E4M3_LIMIT, E4M3_LIMIT)
 
     def shapes(self, n: int, k: int) -> Shapes:

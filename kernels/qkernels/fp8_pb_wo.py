@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qkernels._e4m3 import E4M3_LIMIT, E4M3_MAX, encode, sign_bits
-from qkernels._scales import scale_from_amax
+from qkernels._scales import Layout, scale_from_amax
 from qkernels.codec import Codec, Shapes
 
 BLOCK = 128
@@ -38,6 +38,7 @@ class _Fp8Blocks(Codec):
 
     name = "FP8_PB_WO"
     block_rows = BLOCK
+    layout = Layout(codes="e4m3", scales="f32", scale_rows=BLOCK, scale_cols=BLOCK)
     limits = (-E4M3_LIMIT, E4M3_LIMIT)
 
     def shapes(self, n: int, k: int) -> Shapes:

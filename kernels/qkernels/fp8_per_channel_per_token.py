@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkernels._e4m3 import E4M3_LIMIT, E4M3_MAX, encode, sign_bits
-from qkernels._scales import finite_amax, scale_from_amax
+from qkernels._scales import Layout, finite_amax, scale_from_amax
 from qkernels.codec import Codec, Shapes
 
 
@@ -29,6 +29,7 @@ class _Fp8Rows(Codec):
     """
 
     name = "FP8_PER_CHANNEL_PER_TOKEN"
+    layout = Layout(codes="e4m3", scales="f32")
     limits = (-E4M3_LIMIT, E4M3_LIMIT)
 
     def shapes(self, n: int, k: int) -> Shapes:

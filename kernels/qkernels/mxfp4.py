@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _e2m1, _e8m0
-from qkernels._scales import finite_amax
+from qkernels._scales import Layout, finite_amax
 from qkernels.codec import Codec, Shapes
 
 GROUP = 32
@@ -32,6 +32,7 @@ class _Mxfp4(Codec):
     name = "MXFP4"
     multiple_of_k = GROUP
     packed_k = 2
+    layout = Layout(codes="e2m1", scales="e8m0", scale_cols=GROUP)
     limits = (-_e2m1.E2M1_LIMIT, _e2m1.E2M1_LIMIT)
 
     def shapes(self, n: int, k: int) -> Shapes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkernels import _e8m0
 from qkernels._e4m3 import E4M3_LIMIT, E4M3_MAX, encode, sign_bits
-from qkernels._scales import finite_amax
+from qkernels._scales import Layout, finite_amax
 from qkernels.codec import Codec, Shapes
 
 GROUP = 32
@@ -31,6 +31,7 @@ class _Mxfp8(Codec):
 
     name = "MXFP8"
     multiple_of_k = GROUP
+    layout = Layout(codes="e4m3", scales="e8m0", scale_cols=GROUP)
     limits = (-E4M3_LIMIT, E4M3_LIMIT)
 
     def shapes(self, n: int, k: int) -> Shapes:

@@ -203,6 +203,21 @@ def amax(addr: int, dtype: str, n: int) -> tuple[float, int]:
     return largest.value, num_nonfinite.value
 
 
+def exact_sum(addr: int, n: int, parts: "ctypes.Array[ctypes.c_double]", num_parts: int) -> int:
+    """Number of parts after adding the n doubles at addr to the first num_parts of `parts`.
+
+    The sum of the parts is exactly that of all numbers; `parts` has room for 64. -1, with the
+    parts as they were, if a number is not finite.
+
+    Raises: KernelError when the library is not available.
+    """
+    num = ctypes.c_int64(num_parts)
+    status = _symbol("qk_exact_sum")(
+        ctypes.c_void_p(addr), ctypes.c_int64(n), parts, ctypes.byref(num)
+    )
+    return num.value if status == 0 else -1
+
+
 def transpose(src_addr: int, out_addr: int, itemsize: int, rows: int, cols: int) -> None:
     """None, after writing at out_addr the cols x rows transpose of rows x cols elements.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qkernels import _e2m1
 from qkernels._e4m3 import E4M3_MAX
-from qkernels._scales import GlobalScale, finite_amax
+from qkernels._scales import GlobalScale, Layout, finite_amax
 from qkernels.codec import Codec, Shapes
 
 SMALLEST_SCALE = 2.0**-9
@@ -48,6 +48,7 @@ class Nvfp4(Codec):
         self.name = name
         self.group = group
         self.multiple_of_k = group
+        self.layout = Layout(codes="e2m1", scales="e4m3", scale_cols=group)
         self.global_scale = GlobalScale(suffix="weight_scale_2", divisor=divisor)
 
     def shapes(self, n: int, k: int) -> Shapes:

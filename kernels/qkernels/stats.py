@@ -1,4 +1,4 @@
-"""What quantization lost, per row, in torch: the definition that the native library computes too.
+"""What quantization lost, per row, in torch: the definition that C and Triton compute too.
 
 Shapes: N rows out, K columns in, S = ceil(K / 128) segments, C columns of a segment.
 """
@@ -28,6 +28,15 @@ class RowStats:
     """[] int64: NaN and Inf elements."""
     num_saturated: Tensor
     """[] int64: finite elements clipped by more than rounding."""
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device) -> "RowStats":
+        """Sums to be written, counts of nothing yet."""
+        sums_2N = torch.empty(2, n, dtype=torch.float64, device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        return cls(
+            err2_N=sums_2N[0], ref2_N=sums_2N[1], num_nonfinite=counts[0], num_saturated=counts[1]
+        )
 
 
 def error_stats(w_NK: Tensor, value_NK: Tensor, scale_NK: Tensor, saturated_NK: Tensor) -> RowStats:

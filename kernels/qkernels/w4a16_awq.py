@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _integer
-from qkernels._scales import finite_amax, scale_from_amax
+from qkernels._scales import Layout, finite_amax, scale_from_amax
 from qkernels.codec import Codec, Shapes
 
 GROUP = 128
@@ -38,6 +38,7 @@ class _Int4Blocks(Codec):
     multiple_of_n = 2
     multiple_of_k = GROUP
     packed_n = 2
+    layout = Layout(codes="int4", scales="f32", scale_cols=GROUP)
     limits = (-8.5, 7.5)
 
     def shapes(self, n: int, k: int) -> Shapes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _integer
-from qkernels._scales import finite_amax, scale_from_amax
+from qkernels._scales import Layout, finite_amax, scale_from_amax
 from qkernels.codec import Codec, Shapes
 
 
@@ -28,6 +28,7 @@ class _Int8Rows(Codec):
     """
 
     name = "W8A16"
+    layout = Layout(codes="int8", scales="f32")
     limits = (-128.5, 127.5)
 
     def shapes(self, n: int, k: int) -> Shapes:

@@ -51,6 +51,40 @@ def test_triton_equals_torch_and_native(codec, shape, same_bits, same_tensors):
         same_bits(codec.dequantize_triton(actual), codec.dequantize_native(on_cpu))
 
 
+@pytest.mark.parametrize(
+    "shape", [(2048, 4096), (292, 28672), (9, 70001), (8192, 128), (40000, 16), (300, 1)]
+)
+def test_triton_and_torch_count_and_add_the_same(codec, dtype, shape):
+    w = random_weight(weights.fitting(codec, shape), dtype)
+    w[0, 0], w[-1, -1] = torch.nan, -torch.inf
+    whole = {"global_scale": torch.tensor(3e-5, device="cuda")} if codec.global_scale else {}
+    tensors = codec.quantize_triton(w, **whole)
+
+    actual, expected = codec.row_stats_triton(w, tensors), codec.row_stats_torch(w, tensors)
+
+    torch.testing.assert_close(actual.err2_N, expected.err2_N, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(actual.ref2_N, expected.ref2_N, rtol=1e-13, atol=0.0)
+    assert int(actual.num_nonfinite) == int(expected.num_nonfinite) == 2
+    assert int(actual.num_saturated) == int(expected.num_saturated)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_given_buffers_are_all_the_memory_there_is(codec):
+    w = random_weight((2048, 4096))
+    tensors = codec.quantize_triton(w)
+    stats = codec.row_stats_triton(w, tensors)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        codec.quantize_into_triton(w, tensors)
+        codec.row_stats_into_triton(w, tensors, stats)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
 def test_numbers_past_2_to_the_31(codec, same_bits, same_tensors):
     """65536 x 33024 has 2.16e9 elements: a 32-bit offset would wrap in the last rows."""
     n, k = 65536, 33024

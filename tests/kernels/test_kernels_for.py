@@ -37,7 +37,8 @@ def test_a_codec_is_what_its_module_holds(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["NVFP9", "native", "stats", "codec", "_e4m3", "", "../errors", "errors", "fp8.py"]
+    "name",
+    ["NVFP9", "native", "stats", "amax", "codec", "_e4m3", "", "../errors", "errors", "fp8.py"],
 )
 def test_unknown_name_lists_what_exists(name):
     with pytest.raises(KernelError, match=f"there are {', '.join(NAMES)}$"):

@@ -1,11 +1,12 @@
-"""Row statistics in torch against the definition and the native ones."""
+"""Row statistics against the definition and the native ones, in torch and in short by Triton."""
 
+import numpy as np
 import pytest
 import torch
 
 import qkernels
 from qkernels import native, stats
-from qkernels.codec import SOURCE_DTYPES
+from qkernels.codec import SOURCE_DTYPES, Codec
 
 from . import oracle, weights
 
@@ -16,6 +17,20 @@ SCALED = [name for name, form in oracle.FORMATS.items() if form.divisor]
 def small_chunks(monkeypatch):
     """Several chunks for a small weight."""
     monkeypatch.setattr(stats, "CHUNK_NUMEL", {"cpu": 1000, "cuda": 1000})
+
+
+@pytest.fixture(params=["torch", "triton"])
+def row_stats(request):
+    """The method of a codec, on the CPU; numpy, of Triton's interpreter, warns of overflow."""
+    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+
+    def run(codec, w, tensors):
+        moved = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
+        with np.errstate(all="ignore"):
+            found = getattr(codec, f"row_stats_{request.param}")(w.to(device), moved)
+        return stats.RowStats(**{name: tensor.cpu() for name, tensor in vars(found).items()})
+
+    return run
 
 
 def definition(name, w, tensors):
@@ -34,8 +49,8 @@ def definition(name, w, tensors):
     return err2_N, ref2_N, int((~finite).sum()), int(clipped.sum())
 
 
-def assert_close_to_the_definition(codec, w, tensors):
-    actual = codec.row_stats(w, tensors)
+def assert_close_to_the_definition(codec, w, tensors, row_stats=Codec.row_stats):
+    actual = row_stats(codec, w, tensors)
     err2_N, ref2_N, num_nonfinite, num_saturated = definition(codec.name, w, tensors)
     # value * scale is rounded to f32, so each error is off by up to 2^-24 of its element (Cauchy
     # and Schwarz make a bound of the sum); squares far below the block's largest underflow
@@ -62,11 +77,11 @@ def test_row_stats_are_those_of_the_definition(codec, weight):
 
 
 @pytest.mark.parametrize("exponent", [-36, -25, 25, 36])
-def test_row_stats_neither_overflow_nor_underflow(codec, exponent):
+def test_row_stats_neither_overflow_nor_underflow(codec, exponent, row_stats):
     """Squares of 1e36 or 1e-36 are outside of f32."""
     w = weights.make("normal", codec, torch.float32) * 10.0**exponent
 
-    assert_close_to_the_definition(codec, w, codec.quantize_torch(w))
+    assert_close_to_the_definition(codec, w, codec.quantize_torch(w), row_stats)
 
 
 def test_chunks_change_no_sum(codec, normal_weight, monkeypatch):
@@ -104,14 +119,14 @@ def with_unit_scales(name, tensors):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_row_stats_count_what_another_scale_clips(codec):
+def test_row_stats_count_what_another_scale_clips(codec, row_stats):
     clipped, rounded = CLIPPED[oracle.FORMATS[codec.name].element]
     w = torch.zeros(weights.fitting(codec, (150, 150)))
     w[140, : len(clipped + rounded)] = torch.tensor(clipped + rounded)
     w[141, 3] = torch.inf
     tensors = with_unit_scales(codec.name, codec.quantize_torch(w))
 
-    actual = codec.row_stats(w, tensors)
+    actual = row_stats(codec, w, tensors)
 
     assert int(actual.num_saturated) == 2
     assert int(actual.num_nonfinite) == 1
@@ -121,14 +136,14 @@ LARGEST_IN_SCALES = {"FP8": 464.0, "NVFP4": 7.0 * 448, "W4A8_NVFP4_FP8": 7.0 * 4
 
 
 @pytest.mark.parametrize("codec", SCALED, indirect=True)
-def test_row_stats_count_what_a_given_global_scale_clips(codec, dtype):
+def test_row_stats_count_what_a_given_global_scale_clips(codec, dtype, row_stats):
     """Block scales end at 448, so that 7 * 448 times the scale of the weight is the limit."""
     w = weights.make("normal", codec, dtype)
     scale = torch.tensor(1e-5)
     clipped = w.double().abs() > LARGEST_IN_SCALES[codec.name] * scale.double()
 
     tensors = codec.quantize_torch(w, global_scale=scale)
-    actual = assert_close_to_the_definition(codec, w, tensors)
+    actual = assert_close_to_the_definition(codec, w, tensors, row_stats)
 
     assert 0 < int(clipped.sum()) < w.numel()
     assert int(actual.num_saturated) == int(clipped.sum())
@@ -160,7 +175,7 @@ def native_stats(codec, w, tensors, global_scale):
     [(name, None) for name in qkernels.codecs()] + [(name, 1e-5) for name in SCALED],
     indirect=["codec"],
 )
-def test_row_stats_agree_with_the_native_library(codec, dtype, kind, given):
+def test_row_stats_agree_with_the_native_library(codec, dtype, kind, given, row_stats):
     w = weights.make(kind, codec, dtype)
     scale = {} if given is None else {"global_scale": torch.tensor(given)}
     tensors = codec.quantize_torch(w, **scale)
@@ -168,7 +183,7 @@ def test_row_stats_agree_with_the_native_library(codec, dtype, kind, given):
 
     sums_2N, counts = native_stats(codec, w, tensors, float(tensors[suffix]) if suffix else 1.0)
 
-    actual = codec.row_stats(w, tensors)
+    actual = row_stats(codec, w, tensors)
     # the same f32 sums of eight squares; only the order of the f64 sums differs
     torch.testing.assert_close(sums_2N[0], actual.err2_N, rtol=1e-13, atol=0.0)
     torch.testing.assert_close(sums_2N[1], actual.ref2_N, rtol=1e-13, atol=0.0)

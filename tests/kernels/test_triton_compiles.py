@@ -114,6 +114,28 @@ DEQUANTIZE = {
 }
 
 
+STATS = {
+    "code_ptr": "*u8",
+    "err2_ptr": "*fp64",
+    "ref2_ptr": "*fp64",
+    "nonfinite_ptr": "*i64",
+    "clipped_ptr": "*i64",
+    "N": "i32",
+    "K": "i32",
+}
+STATS_TILE = {"LOW": -464.0, "HIGH": 464.0, "TILE_ROWS": 1, "TILE_SEGMENTS": 8}
+SCALES = {"f32": {"scale_ptr": "*fp32"}, "e8m0": {"scale_ptr": "*u8"}}
+SCALES |= {"e4m3": {"scale_ptr": "*u8", **WHOLE}, "whole": WHOLE}
+# codes, scales, and how many rows and columns have one in common
+LAYOUTS = [
+    ("e4m3", "whole", 1, 1 << 30),
+    ("e4m3", "f32", 128, 128),
+    ("int8", "f32", 1, 1 << 30),
+    ("int4", "f32", 1, 128),
+    ("e4m3", "e8m0", 1, 32),
+    ("e2m1", "e4m3", 1, 16),
+    ("e2m1", "e8m0", 1, 32),
+]
 AMAX = {"amax_ptr": "*i32", "M": "i64", "chunk": "i32"}
 
 
@@ -143,6 +165,17 @@ def dequantize_variants(types, constants):
     ]
 
 
+def stats_variants(codes, scales, rows, cols):
+    """Of every source type, the first with the GPU's conversions and without."""
+    constants = {"CODES": codes, "SCALES": scales, "SCALE_ROWS": rows, "SCALE_COLS": cols}
+    constants |= {"SCALE_STEP": min(cols, 128), **STATS_TILE}
+    sources = [(source, True) for source in TINY] + [("bf16", False)]
+    return [
+        ({**STATS, **SCALES[scales], "w_ptr": f"*{source}"}, {**constants, "FAST": fast})
+        for source, fast in sources
+    ]
+
+
 def cases():
     """Case -> module, kernel, and its variants as types and constants."""
     found = {}
@@ -150,6 +183,9 @@ def cases():
         found[f"quantize {name}"] = module, kernel, quantize_variants(types, constants)
     for name, (module, kernel, types, constants) in DEQUANTIZE.items():
         found[f"dequantize {name}"] = module, kernel, dequantize_variants(types, constants)
+    for layout in LAYOUTS:
+        kernel = "row_stats_kernel"
+        found[f"stats {layout}"] = "_triton_stats", kernel, stats_variants(*layout)
     amax = [({**AMAX, "w_ptr": f"*{source}"}, {"TILE": 2048}) for source in TINY]
     return {**found, "amax": ("_triton_amax", "_amax_kernel", amax)}
 
@@ -200,3 +236,13 @@ def test_dequantize_rounds_products_and_keeps_subnormals(compiled, name):
 def test_amax_is_one_atomic_maximum(compiled):
     for code, _ in codes_of(compiled, "amax"):
         assert "atom.global.gpu.relaxed.max.s32" in code or "red." in code
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_stats_round_each_operation_and_need_no_shared_layouts(compiled, layout):
+    """Shared memory is for the sums over lanes alone: a lane is a thread."""
+    for code, _ in codes_of(compiled, f"stats {layout}"):
+        assert "div.rn.f32" in code
+        assert "fma." not in code
+        assert ".ftz" not in code
+        assert code.count("st.shared") <= 8
