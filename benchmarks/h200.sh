@@ -2,11 +2,12 @@
 # Everything that needs a GPU, in one command, from the root of a checkout: kernel parity and speed,
 # conversion speed, and the real vLLM on the converted fixtures. Results land in OUT (a folder).
 #
-#     benchmarks/h200.sh OUT VLLM_PYTHON [kernels] [conversion] [engine]
+#     benchmarks/h200.sh OUT VLLM_PYTHON [kernels] [conversion] [engine] [multi]
 #
-# All three parts unless some are named (about 4, 4 and 4 minutes). Needs python3 with torch, triton,
-# pytest, numpy, ml_dtypes, safetensors, click, pydantic, rich, yaml, a C compiler, and 40 GB of
-# memory for the 16 GB checkpoint in /dev/shm.
+# The first three parts unless some are named (about 4, 8 and 4 minutes). `multi` is for machines
+# with several GPUs: conversions on one of them and on all. Needs python3 with torch, triton, pytest,
+# numpy, ml_dtypes, safetensors, click, pydantic, rich, yaml, a C compiler, and a tmpfs of 64 GB or
+# more at /dev/shm for a source of 35 to 40 GB and its output; with less the source is smaller.
 set -uo pipefail
 out=$1 vllm=$2
 shift 2
@@ -28,7 +29,9 @@ step kernels "parity" python3 -m pytest -q -p no:cacheprovider -k "triton or gpu
     tests/kernels tests/convert/test_gpu.py
 step kernels "kernel speed" python3 benchmarks/kernels_gpu.py --csv "$out/kernels_gpu.csv"
 step conversion "conversion" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert \
-    --csv "$out/convert_gpu.csv"
+    --devices cpu cuda:0 --csv "$out/convert_gpu.csv"
+step multi "conversion on all GPUs" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert \
+    --devices cuda:0 cuda --csv "$out/convert_gpu.csv"
 rm -rf /dev/shm/qconvert
 step engine "vLLM" python3 validate/evidence/collect.py "$out" --python "$vllm" --device cpu -j 10
 exit $status

@@ -2,12 +2,12 @@
 
     python benchmarks/kernels_gpu.py [--csv kernels_gpu.csv] [--rounds 30] [--sweep]
 
-First the gate: triton and torch give the same bytes, or nothing is timed. Then rounds of one call
-each of a device copy and of every case, so that a slow moment falls on all; the median of the
-rounds counts. GB/s counts bytes read and written once, and the weight once more where its amax is
-taken first (`.quantize_own`, under the weight's own global scale; `.quantize` has it given). A
-time is the GPU's (CUDA events, with the launch already queued); the L2 cache holds unrelated clean
-data at the start of each call. --sweep instead tries launch choices and prints them, best first.
+First the gate: triton and torch give the same bytes and statistics, or nothing is timed. Then
+rounds of one call each of a device copy and of every case, so that a slow moment falls on all; the
+median of the rounds counts. GB/s counts bytes read and written once, and the weight once more where
+its amax is taken first (`.quantize_own`, under the weight's own global scale; `.quantize` has it
+given). A time is the GPU's (CUDA events, with the launch already queued); the L2 cache holds
+unrelated clean data at the start of each call. --sweep prints launch choices, best first, instead.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch import Tensor
 import qkernels
 from qkernels._triton_launch import Config
 from qkernels.codec import Codec
+from qkernels.stats import RowStats
 
 SHAPES = [(8192, 28672), (4096, 4096), (128, 768, 2048)]
 COPY_NBYTES = 4 << 30
@@ -131,6 +132,8 @@ def codec_cases(codec: Codec, w: Tensor) -> Iterator[Case]:
         own = size + nbytes(w)
         yield Case(f"{name}.quantize_own", shape, own, lambda: codec.quantize_triton(w))
     yield Case(f"{name}.dequantize", shape, size, lambda: codec.dequantize_triton(tensors))
+    if w.ndim == 2:
+        yield Case(f"{name}.row_stats", shape, size, lambda: codec.row_stats_triton(w, tensors))
 
 
 def kernel_cases() -> Iterator[Case]:
@@ -149,6 +152,12 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return same_kind and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
 
+def same_statistics(a: RowStats, b: RowStats) -> bool:
+    """True for the same counts, and sums to 13 digits."""
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(torch.allclose(x, y, rtol=1e-13, atol=0.0) for x, y in pairs)
+
+
 def gate() -> list[str]:
     """What differs between triton and torch; speed means nothing unless this is empty."""
     failures = []
@@ -162,6 +171,10 @@ def gate() -> list[str]:
         ]
         if not same_bytes(codec.dequantize_triton(actual), codec.dequantize_torch(expected)):
             failures.append(f"{name} {label(shape)} dequantize")
+        if w.ndim == 2 and not same_statistics(
+            codec.row_stats_triton(w, actual), codec.row_stats_torch(w, actual)
+        ):
+            failures.append(f"{name} {label(shape)} row_stats")
     return failures
 
 
@@ -220,6 +233,12 @@ def pair_choices(base: Config) -> Iterator[Config]:
         yield replace(base, tile_rows=1, tile_cols=tile, num_warps=warps)
 
 
+def stats_choices(base: Config) -> Iterator[Config]:
+    """So many segments of 128 columns, one or two lanes to a thread."""
+    for warps, each in itertools.product((2, 4, 8, 16), (2, 4)):
+        yield replace(base, tile_rows=1, tile_cols=warps * each, num_warps=warps)
+
+
 def tile_choices(base: Config) -> Iterator[Config]:
     """Tiles that lie inside a block."""
     for rows, warps in itertools.product((8, 16, 32, 64), (2, 4, 8)):
@@ -235,6 +254,10 @@ def long_tile_choices(base: Config) -> Iterator[Config]:
 
 # where each launch looks up its choices, and what to try
 TUNED: dict[str, tuple[str, str, Callable[[Config], Iterator[Config]]]] = {
+    **{
+        f"{name}.row_stats": ("_triton_stats", "stats_config", stats_choices)
+        for name in qkernels.codecs()
+    },
     "amax": ("_triton_amax", "amax_config", amax_choices),
     "FP8.quantize": ("_triton_fp8", "flat_config", flat_choices),
     "FP8.dequantize": ("_triton_fp8", "decode_config", flat_choices),

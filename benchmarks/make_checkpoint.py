@@ -5,7 +5,8 @@
 Needs Python 3.11+ and NumPy only. One pool of 256 MiB of normal-distributed bf16 values is drawn
 from a fixed seed; each tensor is that pool, wrapped around, from an offset that its name decides.
 So memory stays constant, and the same command gives the same bytes on every machine and with every
-number of threads. Blocks repeat only after 256 MiB, which no quantizer can notice.
+number of threads. Blocks repeat only after 256 MiB, which no quantizer can notice. Shards are
+written side by side.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,16 @@ class Shape:
             "lm_head.weight": (self.vocab, self.hidden),
         }
 
+    def num_values(self) -> int:
+        """Returns how many weights the model has."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    def with_layers(self, num_layers: int) -> "Shape":
+        """Returns this shape with as many layers, in shards about as large as its own."""
+        other = replace(self, num_layers=num_layers)
+        ratio = other.num_values() / self.num_values()
+        return replace(other, num_shards=max(1, round(self.num_shards * ratio)))
+
     def config(self) -> dict[str, object]:
         """Returns config.json as transformers writes it for a Llama."""
         return {
@@ -99,6 +110,9 @@ SHAPES = {
     "bench": Shape(2048, 5632, 14, 16, 2, 128, 32000, 1e4, num_shards=6),
     # Llama 3 8B: 8,030,261,248 parameters: 16.06 GB
     "llama8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, 5e5, num_shards=4),
+    # Llama 3 70B: 70,553,706,496 parameters: 141.1 GB; the hub's has 30 shards, these are smaller
+    # so that a few layers of it still make many
+    "llama70b": Shape(8192, 28672, 80, 64, 8, 128, 128256, 5e5, num_shards=83),
 }
 
 
@@ -109,13 +123,16 @@ def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
 
 
-def make_pool() -> npt.NDArray[np.uint16]:
+def make_pool(workers: ThreadPoolExecutor) -> npt.NDArray[np.uint16]:
     """Returns POOL_SIZE bf16 bit patterns of a normal distribution with std WEIGHT_STD."""
     pool = np.empty(POOL_SIZE, np.uint16)
     step = POOL_SIZE // 32
-    for i in range(32):
+
+    def draw(i: int) -> None:
         values = np.random.default_rng([SEED, i]).standard_normal(step, dtype=np.float32)
         pool[i * step : (i + 1) * step] = to_bf16(values * np.float32(WEIGHT_STD))
+
+    list(workers.map(draw, range(32)))
     return pool
 
 
@@ -160,18 +177,13 @@ def chunks(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 def write_shard(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    *,
-    pool: npt.NDArray[np.uint16],
-    workers: ThreadPoolExecutor,
+    path: Path, shapes: dict[str, tuple[int, ...]], pool: npt.NDArray[np.uint16]
 ) -> None:
     """Writes one safetensors file; norm weights lie near 1, all others come from the pool."""
     offsets = write_header(path, shapes)
     pool_bytes = pool.data.cast("B")
     fd = os.open(path, os.O_WRONLY)
     try:
-        jobs = []
         for name, shape in shapes.items():
             if len(shape) == 1:
                 rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
@@ -180,10 +192,8 @@ def write_shard(
                 continue
             for begin, source, length in chunks(name, shape):
                 data = pool_bytes[source : source + length]
-                jobs.append((workers.submit(os.pwrite, fd, data, offsets[name] + begin), length))
-        for job, length in jobs:
-            if job.result() != length:
-                raise OSError(f"{path}: short write, is the disk full?")
+                if os.pwrite(fd, data, offsets[name] + begin) != length:
+                    raise OSError(f"{path}: short write, is the disk full?")
     finally:
         os.close(fd)
 
@@ -195,12 +205,16 @@ def make(out_dir: Path, shape: Shape, *, num_shards: int, num_threads: int) -> i
     if num_shards > 1:
         names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     shards = dict(zip(names, split(shapes, num_shards), strict=True))
-    total = 2 * sum(math.prod(s) for s in shapes.values())
-    pool = make_pool()
+    total = 2 * shape.num_values()
     with ThreadPoolExecutor(num_threads) as workers:
-        for file_name, members in shards.items():
-            part = {name: shapes[name] for name in members}
-            write_shard(out_dir / file_name, part, pool=pool, workers=workers)
+        pool = make_pool(workers)
+
+        # a thread per file: the kernel lets one write at a time into each
+        def write(file_name: str) -> None:
+            part = {name: shapes[name] for name in shards[file_name]}
+            write_shard(out_dir / file_name, part, pool)
+
+        list(workers.map(write, shards))
     documents: dict[str, object] = {
         "config.json": shape.config(),
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
@@ -219,9 +233,14 @@ def main() -> int:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="bench")
     parser.add_argument("--layout", choices=["shards", "single"], default="shards")
-    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--layers", type=int, help="other than the shape's; shards stay as large")
+    parser.add_argument("--threads", type=int, default=min(16, os.cpu_count() or 1))
     args = parser.parse_args()
     shape = SHAPES[args.shape]
+    if args.layers is not None:
+        if args.layers < 1:
+            parser.error(f"--layers must be at least 1, got {args.layers}")
+        shape = shape.with_layers(args.layers)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if any(args.out_dir.iterdir()):
         parser.error(f"{args.out_dir} is not empty")

@@ -7,7 +7,7 @@ import csv
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,21 @@ def commit() -> str:
 
 
 def append(path: Path, rows: Sequence["DataclassInstance"]) -> None:
-    """Adds the rows to the CSV; a new file gets the header first."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new and rows:
-            writer.writerow(column.name for column in fields(rows[0]))
-        writer.writerows(astuple(row) for row in rows)
+    """Adds the rows to the CSV; a new file gets the header first.
+
+    Columns that only the file or only the rows have stay, empty where a line knows nothing of them.
+    """
+    if not rows:
+        return
+    names = [column.name for column in fields(rows[0])]
+    lines: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+            names += [name for name in reader.fieldnames or () if name not in names]
+    lines += [asdict(row) for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
