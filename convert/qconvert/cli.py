@@ -5,214 +5,161 @@ Exit codes: 0 done, 1 the conversion failed, 2 the command makes no sense, 130 i
 
 import contextlib
 import os
-import re
 import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from qconvert.backends import resolve
-from qconvert.convert import convert
-from qconvert.errors import ConvertError, human
+from qconvert import cli_run
+from qconvert.cli_options import (
+    Machine,
+    Running,
+    Wanted,
+    Words,
+    machine_options,
+    running_options,
+    wanted_options,
+    words_options,
+)
+from qconvert.cli_run import printable
+from qconvert.errors import ConvertError
 from qconvert.output import check_paths
-from qconvert.pipeline import fitting_workers
-from qconvert.planner import make_plan
-from qconvert.progress import progress_bar
-from qconvert.statistics import Statistics, open_statistics
+from qconvert.plan_file import (
+    check_free,
+    load_plan,
+    plan_text,
+    source_of,
+    statistics_of,
+    verify,
+    where,
+    write_plan,
+)
+from qconvert.side_files import REPORT
 from qconvert.summary import describe
 from qschema import __version__
-from qschema.checkpoint import open_checkpoint
-from qschema.formats import UnknownFormatError, find, formats
-from qschema.plan import Plan
-from qschema.recipe import Recipe, Rule
-from qschema.recipe_file import load_recipe
-from qschema.strict import DocumentError, Json
+from qschema.strict import DocumentError
 
-_WRITABLE = [name for name, declared in formats().items() if not declared.read_only]
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-
-
-class ByteSize(click.ParamType[int]):
-    """A byte count: 268435456, 256MiB, 1GiB, 500MB."""
-
-    name = "size"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", value.strip().upper())
-        if match is None:
-            self.fail(f"{value!r} is not a size; write 256MiB, 1GiB or a number of bytes")
-        return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def _format_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value is None:
-        return None
-    try:
-        declared = find(value)
-    except UnknownFormatError as error:
-        raise click.BadParameter(str(error)) from None
-    if declared.read_only:
-        raise click.BadParameter(f"{value} is read, not written: {declared.read_only}")
-    return declared.name
-
-
-def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
-        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N")
-    return value
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_PATH = click.Path(path_type=Path)
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: qconvert Qwen3-8B Qwen3-8B-FP8 --algo FP8_PB_WO",
+    context_settings=_SETTINGS,
+    epilog="Example: qconvert Qwen3-8B Qwen3-8B-FP8 --algo FP8_PB_WO. In two steps: qconvert plan "
+    "IN_DIR -o plan.json, then qconvert apply plan.json OUT_DIR (a directory of such a name is "
+    "./plan).",
 )
-@click.argument("in_dir", type=click.Path(path_type=Path))
-@click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--algo", callback=_format_name, help=f"One format for all: {', '.join(_WRITABLE)}.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe file, YAML or JSON.")
-@click.option(
-    "--amax",
-    type=click.Path(path_type=Path),
-    help="Calibration's statistics, JSON; for formats with a static scale of the input.",
-)
-@click.option(
-    "--kv-cache",
-    type=click.Choice(["FP8", "NVFP4", "NVFP4_AFFINE", "none"]),
-    help="How engines keep keys and values; scales come from --amax.",
-)
-@click.option(
-    "--on-indivisible",
-    type=click.Choice(["refuse", "keep"]),
-    help="A weight whose size its format can't have: an error (default), or kept as it is.",
-)
-@click.option(
-    "--fail-if",
-    multiple=True,
-    metavar="GATE",
-    help="Write nothing if a tensor meets this: 'sqnr<20' (dB), 'relative_error>0.1', "
-    "'saturated>0.01'.",
-)
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these modules as they are.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize despite the defaults.")
-@click.option("--leave", multiple=True, metavar="PATTERN", help="Files not to copy.")
-@click.option("--copy", multiple=True, metavar="PATTERN", help="Files to copy all the same.")
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    callback=_device_name,
-    help="auto, cpu, cuda or cuda:N.",
-)
-@click.option("--workers", type=click.IntRange(1, 256), help="Default: suits the machine.")
-@click.option(
-    "--memory-budget",
-    type=ByteSize(),
-    default="1GiB",
-    show_default=True,
-    help="Bytes of weights in memory at once.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or Inf.")
+@click.argument("in_dir", type=_PATH)
+@click.argument("out_dir", type=_PATH)
+@wanted_options
+@machine_options
+@running_options
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--format", "style", type=click.Choice(["text", "json"]), default="text")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@words_options
 @click.version_option(__version__)
 def qconvert(
     in_dir: Path,
     out_dir: Path,
-    algo: str | None,
-    recipe: Path | None,
-    amax: Path | None,
-    kv_cache: str | None,
-    on_indivisible: Literal["refuse", "keep"] | None,
-    fail_if: tuple[str, ...],
-    exclude: tuple[str, ...],
-    include: tuple[str, ...],
-    leave: tuple[str, ...],
-    copy: tuple[str, ...],
-    device: str,
-    workers: int | None,
-    memory_budget: int,
-    allow_nonfinite: bool,
     dry_run: bool,
-    style: str,
-    quiet: bool,
+    wanted: Wanted,
+    machine: Machine,
+    running: Running,
+    words: Words,
 ) -> None:
-    """Convert the checkpoint in IN_DIR to a quantized one in OUT_DIR."""
-    if algo is not None and recipe is None:
-        asked = Recipe(rules=[Rule(match="*", algo=algo)])
-    elif recipe is not None and algo is None:
-        asked = load_recipe(recipe)
-    elif algo is None and kv_cache not in (None, "none"):
-        asked = Recipe.parse({"rules": [], "kv_cache": kv_cache}, file="the command line")
-    else:
-        raise click.UsageError("give either --algo or --recipe")
-    changes: dict[str, Json] = {
-        "exclude": [*asked.exclude, *exclude],
-        "include": [*asked.include, *include],
-        "leave": [*asked.leave, *leave],
-        "copy_files": [*asked.copy_files, *copy],
-        "fail_if": [*asked.fail_if, *fail_if],
-        "allow_nonfinite": asked.allow_nonfinite or allow_nonfinite,
-    }
-    if on_indivisible is not None:
-        changes["on_indivisible"] = on_indivisible
-    if kv_cache is not None:
-        changes["kv_cache"] = None if kv_cache == "none" else kv_cache
-    asked = Recipe.parse({**asked.model_dump(mode="json"), **changes}, file="the command line")
-    check_paths(in_dir, out_dir)
-    checkpoint = open_checkpoint(in_dir)
-    statistics = open_statistics(amax) if amax is not None else Statistics()
-    plan = make_plan(checkpoint, asked, statistics)
-    for note in plan.notes:
-        click.echo(f"note: {_printable(note)}", err=True)
-    if dry_run:
-        _print_plan(plan, style)
+    """Convert the checkpoint in IN_DIR to a quantized one in OUT_DIR.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    asked = wanted.as_recipe()
+    check_paths(in_dir, out_dir, known=REPORT)
+    job = cli_run.planned(in_dir, asked, wanted.amax)
+    cli_run.say_notes(job.plan)
+    if not dry_run:
+        cli_run.convert_and_say(job, out_dir, machine, running, words)
         return
-    target = resolve(device, codecs=sorted({find(algo).codec for algo in plan.algos}))
-    if target.remark:
-        click.echo(f"note: {target.remark}", err=True)
-    with progress_bar(quiet=quiet) as watch:
-        report = convert(
-            checkpoint,
-            plan,
-            out_dir,
-            statistics=statistics,
-            device=target,
-            workers=workers
-            or fitting_workers(plan, wanted=target.default_workers, budget=memory_budget),
-            budget=memory_budget,
-            watch=watch,
-        )
-    if style == "json":
-        click.echo(report.model_dump_json(indent=1))
-    elif not quiet:
-        click.echo(
-            f"{out_dir}: {human(plan.output_nbytes())}, {report.bits_per_weight:.2f} bits per "
-            f"weight, on {target.name}; check it with: qvalidate {out_dir} "
-            f"--reference {in_dir}",
-            err=True,
-        )
+    plan = cli_run.with_marks(job.plan, machine)
+    if running.style == "json":
+        plan = plan.model_copy(update={"where": where(in_dir, wanted.amax)})
+        click.echo(plan_text(plan), nl=False)
+        return
+    for line in describe(plan):
+        click.echo(printable(line))
 
 
-def _print_plan(plan: Plan, style: str) -> None:
-    if style == "json":
-        click.echo(plan.model_dump_json(indent=1))
+@click.command(
+    "plan",
+    context_settings=_SETTINGS,
+    epilog="Example: qconvert plan Qwen3-8B --algo FP8_PB_WO -o Qwen3-8B-FP8.plan.json",
+)
+@click.argument("in_dir", type=_PATH)
+@click.option(
+    "-o", "--output", type=_PATH, metavar="FILE", help="Where to; stdout if - or left out."
+)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@wanted_options
+@machine_options
+@words_options
+def plan(
+    in_dir: Path, output: Path | None, force: bool, wanted: Wanted, machine: Machine, words: Words
+) -> None:
+    """Write down what a conversion of IN_DIR would do, tensor by tensor, for review and `apply`.
+
+    Reads headers, no weights. Device, workers and budget decide only what it says of disk and
+    memory.
+    """
+    file = None if output is None or str(output) == "-" else output
+    asked = wanted.as_recipe()
+    if file is not None:
+        check_free(file, force=force)
+    job = cli_run.planned(in_dir, asked, wanted.amax)
+    cli_run.say_notes(job.plan)
+    made = cli_run.with_marks(job.plan, machine)
+    made = made.model_copy(update={"where": where(in_dir, wanted.amax)})
+    if file is None:
+        click.echo(plan_text(made), nl=False)
     else:
-        for line in describe(plan):
-            click.echo(_printable(line))
+        write_plan(file, made, force=force)
+    cli_run.say_marks(made, file, words)
 
 
-def _printable(text: str) -> str:
-    """Return `text` with control characters, which a tensor's name may hold, as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+@click.command(
+    "apply",
+    context_settings=_SETTINGS,
+    epilog="Example: qconvert apply Qwen3-8B-FP8.plan.json Qwen3-8B-FP8",
+)
+@click.argument("plan_file", metavar="PLAN", type=_PATH)
+@click.argument("out_dir", type=_PATH)
+@click.option("--source", type=_PATH, help="The checkpoint, if it is not where the plan says.")
+@click.option("--amax", type=_PATH, help="The statistics, if they are not where the plan says.")
+@machine_options
+@running_options
+@words_options
+def apply(
+    plan_file: Path,
+    out_dir: Path,
+    source: Path | None,
+    amax: Path | None,
+    machine: Machine,
+    running: Running,
+    words: Words,
+) -> None:
+    """Do what PLAN says, in OUT_DIR.
+
+    The plan is made again first: a source, statistics or a plan that has changed is refused.
+    """
+    loaded = load_plan(plan_file)
+    in_dir = source_of(loaded, plan_file, source)
+    check_paths(in_dir, out_dir, known=REPORT)
+    found = cli_run.opened(in_dir, statistics_of(loaded, amax))
+    verify(loaded, plan_file, checkpoint=found.checkpoint, statistics=found.statistics)
+    job = found.with_plan(loaded)
+    cli_run.say_notes(job.plan)
+    cli_run.convert_and_say(job, out_dir, machine, running, words)
+
+
+_COMMANDS = {"plan": plan, "apply": apply}
 
 
 def _allow_many_files() -> None:
@@ -222,29 +169,46 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _interrupted(words: list[str]) -> str:
+    if words[:1] == ["plan"]:
+        return "interrupted; nothing was written"
+    if "--fresh" in words:
+        return "interrupted; run the same command again without --fresh to go on"
+    return "interrupted; run the same command again to go on, or with --fresh to start over"
+
+
 def main() -> None:
     """Run the command; errors of the user's world become one line each and an exit code."""
-    # a scheduler's polite end cleans up as Ctrl-C does
+    # a scheduler's polite end stops as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _allow_many_files()
+    words = sys.argv[1:]
+    command = _COMMANDS.get(words[0]) if words else None
     try:
-        qconvert(standalone_mode=False)
+        if command is None:
+            qconvert(words, prog_name="qconvert", standalone_mode=False)
+        else:
+            command(words[1:], prog_name=f"qconvert {command.name}", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("qconvert: interrupted; nothing was written", err=True)
+        click.echo(f"qconvert: {_interrupted(words)}", err=True)
         sys.stdout.flush()
         # all is cleaned up; torch, cut off in its work, may abort in the interpreter's own teardown
         os._exit(130)
     except DocumentError as error:
-        lines = [_printable(str(finding)) for finding in error.findings]
+        lines = [printable(str(finding)) for finding in error.findings]
         click.echo("qconvert: " + "\n".join(lines), err=True)
         sys.exit(1)
     except ConvertError as error:
-        click.echo(f"qconvert: {_printable(str(error))}", err=True)
+        kept = f" ({error.kept} keeps what was done, for the next run)"
+        click.echo(f"qconvert: {printable(str(error) + (kept if error.kept else ''))}", err=True)
         sys.exit(1)
+    except BrokenPipeError:
+        # whoever read our stdout has seen enough; the interpreter would flush it once more
+        os._exit(1)
     except OSError as error:
         message = f"{error.filename}: {error.strerror or error}"
-        click.echo(f"qconvert: {_printable(message)}", err=True)
+        click.echo(f"qconvert: {printable(message)}", err=True)
         sys.exit(1)

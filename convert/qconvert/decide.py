@@ -1,7 +1,9 @@
 """What happens to each source tensor, and why: first the recipe, then the architecture map."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qconvert.errors import ConvertError
 from qschema.architectures import (
@@ -20,7 +22,7 @@ from qschema.safetensors import Stored
 from qschema.strict import Json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """The weight of one Linear [rows, columns] within a tensor, or of a stack that stays one.
 
@@ -39,11 +41,12 @@ class Matrix:
     experts: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """One tensor's fate, or that of a matrix in it: `declared` is its format, None if kept.
 
-    `module` names the outputs. `obstacle` says that a format was wanted that it can't have.
+    `module` names the outputs. `obstacle` says that a format was wanted that it can't have;
+    `dropped`, that the tensor is not written at all.
     """
 
     tensor: Stored
@@ -52,6 +55,7 @@ class Decision:
     reason: str
     matrix: Matrix | None = None
     obstacle: bool = False
+    dropped: bool = False
 
     @property
     def owner(self) -> str:
@@ -84,9 +88,12 @@ def decide(
     treated apart, a weight that its format can't take (unless the recipe keeps such).
     """
     known = text_model_type(config)
+    module = hub_name(module_of(tensor.name), model_type=known)
+    dropped = _dropped_by(tensor, module, recipe, used)
+    if dropped is not None:
+        return [Decision(tensor, module, None, f"dropped by {dropped!r}", dropped=True)]
     stack = find_stack(tensor.name, model_type=known) if len(tensor.shape) == 3 else None
     if stack is None or tensor.dtype not in HIGH_PRECISION:
-        module = hub_name(module_of(tensor.name), model_type=known)
         return [_decide_one(tensor, module, recipe=recipe, config=config, used=used)]
     excluded = _ancestor_matching(tensor.name, recipe.exclude, used)
     if excluded is not None:
@@ -152,17 +159,18 @@ def _choose(
     """Return the format that the recipe wants for `module`, None to keep it, and why."""
     excluded = _ancestor_matching(module, recipe.exclude, used)
     included = _ancestor_matching(module, recipe.include, used)
-    rules = [rule for rule in recipe.rules if matching(module, [rule.match])]
-    used.update(rule.match for rule in rules[:1])
+    rule = next((rule for rule in recipe.rules if matching(module, [rule.match])), None)
+    if rule is not None:
+        used.add(rule.match)
     if excluded is not None:
         return None, f"excluded by {excluded!r}"
     if included is None:
         reason = keep_reason(module, config=config)
         if reason is not None:
             return None, reason
-    if not rules:
+    if rule is None:
         return None, "no rule matches"
-    return find(rules[0].algo), f"rule {rules[0].match!r}"
+    return find(rule.algo), sys.intern(f"rule {rule.match!r}")
 
 
 def _quantize(
@@ -242,12 +250,25 @@ def _vocabulary(tensor: Stored, config: Mapping[str, Json]) -> str | None:
     return None
 
 
+def _dropped_by(tensor: Stored, module: str, recipe: Recipe, used: set[str]) -> str | None:
+    """Return the pattern that drops `tensor`, by its own name or by that of a module above it."""
+    found = [_ancestor_matching(name, recipe.drop, used) for name in (tensor.name, module)]
+    return next((pattern for pattern in found if pattern is not None), None)
+
+
 def _ancestor_matching(module: str, patterns: list[str], used: set[str]) -> str | None:
     """Return the first pattern that matches `module` or a module above it; note all that do."""
     if not patterns:
         return None
     parts = module.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
-    found = [pattern for pattern in patterns if any(matching(name, [pattern]) for name in names)]
-    used.update(found)
-    return found[0] if found else None
+    asked = tuple(patterns)
+    matched = {pattern for name in names for pattern in _all_matching(name, asked)}
+    used.update(matched)
+    return next((pattern for pattern in patterns if pattern in matched), None)
+
+
+# a module is above many tensors
+@lru_cache(maxsize=4096)
+def _all_matching(module: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(pattern for pattern in patterns if matching(module, [pattern]))

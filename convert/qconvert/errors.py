@@ -1,8 +1,15 @@
 """What goes wrong in a conversion, as one sentence for the person who started it."""
 
+from pathlib import Path
+
 
 class ConvertError(ValueError):
-    """A conversion that can't be done as asked: what was found, what was expected, what to do."""
+    """A conversion that can't be done as asked: what was found, what was expected, what to do.
+
+    `kept`: where what was done until then waits for the next run, if anything was.
+    """
+
+    kept: Path | None = None
 
 
 def some(names: list[str]) -> str:

@@ -42,6 +42,6 @@ def check_gates(gates: list[str], tensors: list[TensorReport]) -> None:
                 f"{tensor.source}{tensor.part or ''} ({value:.6g})" for value, tensor in failed
             ]
             raise ConvertError(
-                f"--fail-if {gate!r}: {some(listed)}; nothing was written. Give these another "
+                f"--fail-if {gate!r}: {some(listed)}; no checkpoint was made. Give these another "
                 "format or --exclude them, or change the gate"
             )

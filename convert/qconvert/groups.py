@@ -57,7 +57,7 @@ def split_groups(decisions: Iterable[Decision]) -> tuple[list[str], list[str]]:
     """Return the groups in which formats differ, and those of which only some are quantized."""
     formats: dict[Group, dict[str, str | None]] = defaultdict(dict)
     for decision in decisions:
-        if len(decision.tensor.shape) >= 2:
+        if len(decision.tensor.shape) >= 2 and not decision.dropped:
             for group in _together(decision):
                 formats[group][decision.module] = (
                     decision.declared.name if decision.declared else None
@@ -70,6 +70,21 @@ def split_groups(decisions: Iterable[Decision]) -> tuple[list[str], list[str]]:
             wanted = partial if None in found.values() else differing
             wanted.append(listed if len(found) <= 4 else _by_format(found))
     return sorted(differing), sorted(partial)
+
+
+def torn_groups(decisions: Iterable[Decision]) -> list[str]:
+    """Return the groups of which some members are dropped and others are not."""
+    members: dict[Group, dict[str, bool]] = defaultdict(dict)
+    for decision in decisions:
+        if len(decision.tensor.shape) >= 2:
+            for group in _together(decision):
+                members[group][decision.module] = decision.dropped
+    return sorted(
+        f"{some([module for module, dropped in found.items() if dropped])} of "
+        f"{' + '.join(found) if len(found) <= 4 else f'{len(found)} like {next(iter(found))}'}"
+        for found in members.values()
+        if len(set(found.values())) > 1
+    )
 
 
 def check_mixed(decisions: Iterable[Decision]) -> None:

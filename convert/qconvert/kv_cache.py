@@ -4,7 +4,7 @@ Names and formula: ModelOpt 0.47.0 export/unified_export_hf.py:1015-1016, quant_
 `<attention>.k_proj.k_scale` = amax / 448 for FP8 and for NVFP4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from qconvert.errors import ConvertError, some
 from qconvert.scalars import quotient
@@ -25,17 +25,25 @@ _ATTENTION = (
 )
 
 
-def kv_constants(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics) -> list[Constant]:
+def kv_constants(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    statistics: Statistics,
+    *,
+    dropped: Set[str] = frozenset(),
+) -> list[Constant]:
     """Return the scales (and biases) of the KV cache that `recipe` asks for.
 
-    None without statistics of it: engines then take 1.0. Raises ConvertError for statistics of
+    A layer whose keys' projection is among the tensors `dropped` gets none; without statistics of
+    the cache there are none at all, and engines take 1.0. Raises ConvertError for statistics of
     modules that the checkpoint does not have, or of only some of its attention layers.
     """
     if recipe.kv_cache is None or not statistics.amax.kv_cache:
         return []
-    files = _attention_files(checkpoint)
+    all_files = _attention_files(checkpoint, frozenset())
+    files = _attention_files(checkpoint, dropped)
     known = statistics.amax.kv_cache
-    unknown = [name for name in known if name not in files]
+    unknown = [name for name in known if name not in all_files]
     # a vision tower has no cache, and calibration runs no layer that predicts further tokens
     missing = [
         name
@@ -51,6 +59,8 @@ def kv_constants(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics)
         raise ConvertError(f"{statistics.file}: $.kv_cache: {problem}; calibrate this checkpoint")
     constants = []
     for name, amax in sorted(known.items()):
+        if name not in files:
+            continue
         for letter, value in (("k", amax.k), ("v", amax.v)):
             if quotient(value, _DIVISOR) == 0.0:
                 raise ConvertError(
@@ -100,13 +110,13 @@ def _constants(
     return found
 
 
-def _attention_files(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Return attention module -> the file that holds its keys' projection."""
+def _attention_files(checkpoint: Checkpoint, dropped: Set[str]) -> Mapping[str, str]:
+    """Return attention module -> the file that holds its keys' projection, if not `dropped`."""
     return {
         name[: name.index(suffix)]: tensor.file.name
         for name, tensor in checkpoint.tensors.items()
         for suffix in _ATTENTION
-        if name.endswith(suffix) and ".self_attn" in name
+        if name.endswith(suffix) and ".self_attn" in name and name not in dropped
     }
 
 

@@ -1,25 +1,39 @@
 """The output directory: built as `out_dir.partial`, flushed, then renamed. Nobody sees half of one.
 
-The partial directory holds a locked marker file while it is being written. What a killed run left
-is recognised by the marker without its lock, and removed; anything else of that name is not ours.
+    out_dir.partial/
+        model-*.safetensors      at their places and full sizes from the start
+        .qconvert/lock           held while a run writes here
+        .qconvert/journal        which units are done (qconvert.journal)
+        .qconvert/old/N/         shards and journal of a run by another plan
+
+What an interrupted run left is recognised by `.qconvert` without its lock held, and gone on from;
+anything else of that name is not ours. `.qconvert` goes last, after the rename: at whatever instant
+a run ends, the next one knows what it finds.
 """
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qconvert.errors import ConvertError, human
+from qconvert.files import difference, named
+from qconvert.journal import Header, Journal, Record, SourceFile, read_journal
 
-_MARKER = ".qconvert-partial"
+_BOOKS = ".qconvert"
+_LOCK = "lock"
+_JOURNAL = "journal"
+_OLD = "old"
 
 
-def check_paths(source: Path, output: Path) -> None:
+def check_paths(source: Path, output: Path, *, known: str = "") -> None:
     """Refuse an output that is not empty, or that contains the source or lies in it.
 
-    Raises ConvertError; writes nothing.
+    One that holds the file `known` passes: it may be what an earlier run finished. Raises
+    ConvertError; writes nothing.
     """
     inside, outside = source.resolve(), output.resolve()
     if inside == outside:
@@ -34,7 +48,7 @@ def check_paths(source: Path, output: Path) -> None:
         raise ConvertError(
             f"{output}: is a mount point, which can't be renamed to; add a folder name"
         )
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()) and not (known and (output / known).is_file()):
         raise ConvertError(f"{output}: exists and is not empty; nothing is overwritten")
     parent = outside.parent
     if not parent.is_dir():
@@ -51,79 +65,182 @@ def check_space(output: Path, nbytes: int) -> None:
         )
 
 
-@contextmanager
-def partial_directory(output: Path) -> Iterator[Path]:
-    """Yield a fresh `out_dir.partial`; rename it to `output` on success, remove it on any error.
+@dataclass
+class Partial:
+    """An output directory in the making, and what interrupted runs left in it."""
 
-    Raises ConvertError if another run holds it, or if it is not the work of this tool.
-    """
+    path: Path
+    journal: Journal
+    # folders with what was written into them, those to prefer last
+    before: list[tuple[Path, Mapping[str, Record]]]
+    notes: list[str]
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of disk that the shards here take already."""
+        return sum(entry.stat().st_blocks * 512 for entry in self.path.iterdir() if entry.is_file())
+
+
+def partial_path(output: Path) -> Path:
+    """Return where the output is built."""
     output = output.resolve()
-    partial = output.with_name(f"{output.name}.partial")
-    _clear(partial)
-    partial.mkdir()
-    marker = partial / _MARKER
-    lock = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+    return output.with_name(f"{output.name}.partial")
+
+
+@contextmanager
+def partial_directory(output: Path, header: Header, *, fresh: bool = False) -> Iterator[Partial]:
+    """Yield `out_dir.partial`; rename it to `output` on success.
+
+    On an error it stays for the next run if a unit was finished in it, and goes if not. Raises
+    ConvertError if another run holds it, if it is not the work of this tool, or if it was made from
+    files that have changed since; with `fresh`, all that was there goes first.
+    """
+    output, path = output.resolve(), partial_path(output)
+    lock = _lock(path)
+    journal = None
+    keep = True
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
-        _sync_directories(partial)
-        # an empty output directory is replaced, anything else makes this fail
-        os.rename(partial, output)
-        # last: a run that is killed before leaves a directory that the next one knows for its own
-        (output / _MARKER).unlink()
-        _sync_directory(output)
-        _sync_directory(output.parent)
+        if fresh:
+            _clear(path)
+        before, notes = _look_back(path, header)
+        keep = bool(before)
+        in_place = before[-1][1] if before and before[-1][0] == path else {}
+        journal = Journal(path / _BOOKS / _JOURNAL, header, in_place.values())
+        yield Partial(path, journal, before, notes)
+        shutil.rmtree(path / _BOOKS / _OLD, ignore_errors=True)
+        _sync_directories(path)
+        with named(output):
+            # an empty output directory is replaced, anything else makes this fail
+            os.rename(path, output)
+        forget(output)
+        sync_directory(output.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not keep and (journal is None or not journal.num_records):
+            shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
+        if journal is not None:
+            journal.close()
         os.close(lock)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to disk; parents are made, the mode follows the umask."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def forget(output: Path) -> None:
+    """Remove the books of a run from `output`, which is complete."""
+    shutil.rmtree(output / _BOOKS, ignore_errors=True)
+    sync_directory(output)
 
 
-def copy_file(source: Path, path: Path) -> None:
-    """Copy the bytes of a file, not its mode, and flush them to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as reader, open(path, "xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())
-
-
-def _clear(partial: Path) -> None:
-    if not partial.exists():
-        return
-    marker = partial / _MARKER
-    if partial.is_dir() and not any(partial.iterdir()):
-        # killed before it had its marker
-        partial.rmdir()
-        return
-    if not marker.is_file():
-        raise ConvertError(f"{partial}: is in the way and was not made by qconvert; remove it")
-    with open(marker, "r+b") as file:
+def _lock(path: Path) -> int:
+    """Return the descriptor of the lock on `path`, which is made if it is not there."""
+    with suppress(FileExistsError):
+        path.mkdir()
+    books = path / _BOOKS
+    if not path.is_dir() or path.is_symlink() or (not books.is_dir() and any(path.iterdir())):
+        raise ConvertError(f"{path}: is in the way and was not made by qconvert; remove it")
+    books.mkdir(exist_ok=True)
+    with named(books / _LOCK):
+        lock = os.open(books / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConvertError(f"{partial}: another conversion is writing it") from None
-        shutil.rmtree(partial)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(lock).st_ino == os.stat(books / _LOCK).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+    if not held:
+        os.close(lock)
+        raise ConvertError(f"{path}: another conversion is writing it")
+    return lock
+
+
+def _look_back(
+    path: Path, header: Header
+) -> tuple[list[tuple[Path, Mapping[str, Record]]], list[str]]:
+    """Return what earlier runs finished, by folder, and notes on what can't be used and why."""
+    books = path / _BOOKS
+    has_files = any(entry.name != _BOOKS for entry in path.iterdir())
+    known, records = read_journal(books / _JOURNAL)
+    notes = []
+    if known is None:
+        if has_files or (books / _OLD).exists():
+            notes.append(f"{path}: its journal is missing or damaged; starting over")
+        _clear(path)
+        return [], notes
+    if known.tool != header.tool or known.vectors != header.vectors:
+        what = f"qconvert {known.tool}" if known.tool != header.tool else "other statistics"
+        notes.append(f"{path}: was begun with {what}; starting over")
+        _clear(path)
+        return [], notes
+    _check_source(path, known, header)
+    if known.plan != header.plan:
+        if records:
+            notes.append(
+                f"{path}: the plan has changed since it was begun; what is the same is taken over"
+            )
+            _set_aside(path)
+        else:
+            _remove(path, but=_BOOKS)
+        records = {}
+    before: list[tuple[Path, Mapping[str, Record]]] = []
+    for folder in sorted((books / _OLD).glob("*"), key=lambda found: int(found.name)):
+        old, old_records = read_journal(folder / _JOURNAL)
+        if old is not None and old.source == header.source:
+            before.append((folder, old_records))
+    if records:
+        before.append((path, records))
+    return before, notes
+
+
+def _check_source(path: Path, known: Header, header: Header) -> None:
+    now = {state.file: state for state in header.source}
+    for state in known.source:
+        found: SourceFile | None = now.get(state.file)
+        if found != state:
+            problem = difference(state, found) if found else "is not there any more"
+            raise ConvertError(
+                f"{path}: was begun from other files than these: {state.file} {problem}; "
+                "--fresh starts over"
+            )
+    if len(now) != len(known.source):
+        raise ConvertError(f"{path}: was begun from fewer files; --fresh starts over")
+
+
+def _set_aside(path: Path) -> None:
+    """Move shards and journal of a run by another plan to where this run can read them."""
+    old = path / _BOOKS / _OLD
+    old.mkdir(exist_ok=True)
+    folder = old / str(max((int(entry.name) for entry in old.iterdir()), default=0) + 1)
+    folder.mkdir()
+    for entry in path.iterdir():
+        if entry.name != _BOOKS:
+            os.rename(entry, folder / entry.name)
+    # last: killed before, the next run finds fewer shards than records, and redoes the rest
+    os.rename(path / _BOOKS / _JOURNAL, folder / _JOURNAL)
+
+
+def _clear(path: Path) -> None:
+    _remove(path, but=_BOOKS)
+    _remove(path / _BOOKS, but=_LOCK)
+
+
+def _remove(folder: Path, *, but: str) -> None:
+    for entry in folder.iterdir():
+        if entry.name == but:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _sync_directories(top: Path) -> None:
     for folder, _, _ in os.walk(top):
-        _sync_directory(Path(folder))
+        sync_directory(Path(folder))
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to disk."""
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,16 +1,17 @@
 """The plan: a pure function of headers, JSON and recipe. No weight is read, nothing is written."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from qconvert.decide import Decision, Matrix, decide, is_stacked, text_model_type
+from qconvert.decide import Decision, decide, is_stacked, text_model_type
 from qconvert.errors import ConvertError, some
 from qconvert.excludes import collapse
-from qconvert.groups import check_mixed, keep_together, sharing_key, split_groups
+from qconvert.groups import check_mixed, keep_together, split_groups, torn_groups
 from qconvert.kv_cache import kv_constants, kv_notes
+from qconvert.placement import check_names, drafted, place
 from qconvert.side_files import side_files
-from qconvert.smoothing import NOT_SMOOTHED, Smoothing, plan_smoothing
+from qconvert.smoothing import plan_smoothing
 from qconvert.statistics import Statistics, input_amaxes, statistics_notes
 from qschema import __version__
 from qschema.architectures import (
@@ -24,23 +25,9 @@ from qschema.architectures import (
     text_config,
 )
 from qschema.checkpoint import Checkpoint
-from qschema.dtypes import QUANTIZED, nbytes
-from qschema.formats import TensorSpec
-from qschema.formats.declare import resolve
-from qschema.plan import (
-    Constant,
-    Output,
-    OutputShard,
-    Plan,
-    SideFile,
-    Source,
-    Span,
-    Step,
-    Tool,
-    Unit,
-)
+from qschema.dtypes import QUANTIZED
+from qschema.plan import Plan, SideFile, Source, Tool
 from qschema.recipe import Recipe
-from qschema.safetensors import Entry, layout
 
 # tensors that only a quantized checkpoint has, by the end of their names
 _QUANTIZED_SUFFIXES = (
@@ -55,6 +42,22 @@ _QUANTIZED_SUFFIXES = (
 _PACKED_SUFFIXES = ("_blocks", "_scales")
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave the garbage collector out of it: a plan is made of values, which have no cycles.
+
+    Looking through all of them again and again takes longer than to make them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | None = None) -> Plan:
     """Return the plan that converts `checkpoint` by `recipe`, with calibration's `statistics`.
 
@@ -79,10 +82,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | N
     if len(formats) > 1:
         check_mixed(decisions)
     amaxes = input_amaxes(decisions, statistics)
-    smoothing = plan_smoothing(decisions, statistics, model_type=_model_type(checkpoint))
-    drafts = [_draft(decision, amaxes, smoothing) for decision in decisions]
-    constants = kv_constants(checkpoint, recipe, statistics)
-    shards, placed = _place(checkpoint, drafts, constants)
+    written = [decision for decision in decisions if not decision.dropped]
+    smoothing = plan_smoothing(written, statistics, model_type=_model_type(checkpoint))
+    drafts = drafted(decisions, smoothing)
+    dropped = {decision.tensor.name for decision in decisions if decision.dropped}
+    constants = kv_constants(checkpoint, recipe, statistics, dropped=dropped)
+    check_names(drafts, constants)
+    shards, units, constants = place(checkpoint, drafts, constants, amaxes)
     sides = side_files(checkpoint, recipe)
     return Plan(
         tool=Tool(version=__version__),
@@ -94,14 +100,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | N
         ),
         recipe=recipe,
         vectors=statistics.sha256,
-        exclude_modules=_exclude_modules(checkpoint, decisions) if len(formats) == 1 else [],
+        exclude_modules=_exclude_modules(checkpoint, written) if len(formats) == 1 else [],
         quantized_layers=_quantized_layers(decisions) if len(formats) > 1 else {},
         shards=shards,
-        units=_units(drafts, placed),
-        constants=[
-            constant.model_copy(update={"output": _at(constant.output, placed)})
-            for constant in constants
-        ],
+        units=units,
+        constants=constants,
         side_files=sides,
         notes=[
             *_notes(checkpoint, decisions),
@@ -146,139 +149,6 @@ def _model_type(checkpoint: Checkpoint) -> str | None:
     return model_type if isinstance(model_type, str) else None
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A step that has no place yet: its outputs have no offsets."""
-
-    decision: Decision
-    step: Step
-
-
-def _draft(
-    decision: Decision, amaxes: Mapping[str, float], smoothing: Mapping[str, Smoothing]
-) -> _Draft:
-    tensor, matrix, declared = decision.tensor, decision.matrix, decision.declared
-    smoothed = smoothing.get(decision.module if declared else tensor.name, NOT_SMOOTHED)
-    source = Span(
-        name=tensor.name,
-        file=tensor.file.name,
-        dtype=tensor.dtype,
-        shape=list(tensor.shape),
-        offset=tensor.offset,
-        nbytes=tensor.nbytes,
-    )
-    if declared is None or matrix is None:
-        name = tensor.name
-        if tensor.name.endswith(".weight"):
-            name = f"{decision.module}.weight"
-        step = Step(
-            source=source,
-            action="fold" if smoothed.scalings else "keep",
-            reason=smoothed.reason or decision.reason,
-            scalings=smoothed.scalings,
-            outputs=[_output(name, tensor.dtype, tensor.shape, file=source.file)],
-        )
-        return _Draft(decision, step)
-    if matrix.part is not None:
-        source = source.model_copy(
-            update={
-                "shape": [matrix.rows, matrix.columns],
-                "offset": tensor.offset + matrix.offset,
-                "nbytes": matrix.nbytes,
-            }
-        )
-    step = Step(
-        source=source,
-        part=matrix.part,
-        action="quantize",
-        algo=declared.name,
-        reason=decision.reason,
-        transposed=matrix.transposed,
-        input_amax=amaxes.get(decision.module),
-        scalings=smoothed.scalings,
-        smoothing=smoothed.written,
-        outputs=[
-            _output(
-                decision.name_of(spec.suffix),
-                spec.dtype,
-                _shape(spec, matrix),
-                file=source.file,
-                suffix=spec.suffix,
-            )
-            for spec in declared.tensors
-            if spec.required or (spec.role == "smoothing" and smoothed.written)
-        ],
-    )
-    return _Draft(decision, step)
-
-
-def _shape(spec: TensorSpec, matrix: Matrix) -> tuple[int, ...]:
-    """Return the shape of an output: of a stack, the experts and then the other way around."""
-    shape = resolve(spec.shape, rows=matrix.rows, columns=matrix.columns)
-    if not matrix.experts or spec.role not in ("codes", "scale"):
-        return shape
-    return (matrix.experts, *reversed(shape))
-
-
-def _output(
-    name: str, dtype: str, shape: tuple[int, ...], *, file: str, suffix: str = ""
-) -> Output:
-    """Return an output without a place: offset 8 is where the first tensor might be."""
-    size = nbytes(dtype, shape)
-    return Output(
-        name=name, file=file, dtype=dtype, shape=list(shape), offset=8, nbytes=size, suffix=suffix
-    )
-
-
-def _place(
-    checkpoint: Checkpoint, drafts: list[_Draft], constants: list[Constant]
-) -> tuple[list[OutputShard], dict[str, tuple[int, int]]]:
-    """Return the output files, one per source file and named like it, and every tensor's place."""
-    by_file: dict[str, list[Entry]] = defaultdict(list)
-    owner: dict[str, str] = {}
-    outputs = [(draft.decision.tensor.name, out) for draft in drafts for out in draft.step.outputs]
-    outputs += [(constant.reason, constant.output) for constant in constants]
-    for source, output in outputs:
-        if output.name in owner:
-            raise ConvertError(
-                f"{source} would become {output.name}, which {owner[output.name]} is already"
-            )
-        owner[output.name] = source
-        by_file[output.file].append(Entry(output.name, output.dtype, tuple(output.shape)))
-    shards: list[OutputShard] = []
-    placed: dict[str, tuple[int, int]] = {}
-    for shard in checkpoint.shards:
-        file = shard.file.name
-        opening, spans = layout(by_file[file], metadata=shard.metadata)
-        placed.update(spans)
-        size = len(opening) + sum(size for _, size in spans.values())
-        shards.append(OutputShard(file=file, nbytes=size, metadata=shard.metadata))
-    return shards, placed
-
-
-def _at(output: Output, placed: Mapping[str, tuple[int, int]]) -> Output:
-    offset, size = placed[output.name]
-    return output.model_copy(update={"offset": offset, "nbytes": size})
-
-
-def _units(drafts: list[_Draft], placed: Mapping[str, tuple[int, int]]) -> list[Unit]:
-    """Return the steps in the order of their first tensor, those that share a scale together."""
-    units: dict[tuple[str, ...], list[Step]] = defaultdict(list)
-    for draft in drafts:
-        outputs = [_at(output, placed) for output in draft.step.outputs]
-        step = draft.step.model_copy(update={"outputs": outputs})
-        units[_unit_key(draft)].append(step)
-    return [Unit(steps=steps) for steps in units.values()]
-
-
-def _unit_key(draft: _Draft) -> tuple[str, ...]:
-    declared, module = draft.decision.declared, draft.decision.module
-    shared = next((spec.shared for spec in declared.specs("global")), None) if declared else None
-    if declared is None or shared is None:
-        return (draft.step.outputs[0].name,)
-    return (declared.name, *sharing_key(module, shared))
-
-
 def _quantized_layers(decisions: Iterable[Decision]) -> dict[str, str]:
     """Return module -> format as engines look it up; the experts of a layer are one entry."""
     layers: dict[str, str] = {}
@@ -301,7 +171,7 @@ def _exclude_modules(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> l
             # stacked experts have no module of their own: their parent is what engines look up
             named = decision.tensor.name.endswith(".weight")
             kept.append(decision.module if named else decision.module.rpartition(".")[0])
-    if has_tied_head(checkpoint.config) and "lm_head.weight" not in checkpoint.tensors:
+    if has_tied_head(checkpoint.config) and "lm_head" not in (*kept, *quantized):
         kept.append("lm_head")
     return collapse(kept, quantized)
 
@@ -314,9 +184,10 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
             f"model type {model_type!r} is not in the architecture map: generic rules applied, "
             "look through --dry-run"
         )
-    if checkpoint.unindexed_tensors:
-        names = some(list(checkpoint.unindexed_tensors))
-        notes.append(f"in a shard but not in the index, converted and indexed: {names}")
+    dropped = {decision.tensor.name for decision in decisions if decision.dropped}
+    unindexed = [name for name in checkpoint.unindexed_tensors if name not in dropped]
+    if unindexed:
+        notes.append(f"in a shard but not in the index, converted and indexed: {some(unindexed)}")
     quantized = {decision.module for decision in decisions if decision.declared}
     if "lm_head" in quantized and checkpoint.config.get("tie_word_embeddings") is True:
         notes.append(
@@ -326,7 +197,9 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
     stacks = [
         decision.tensor.name
         for decision in decisions
-        if decision.declared is None and _is_split_type(decision.tensor.name, checkpoint)
+        if decision.declared is None
+        and not decision.dropped
+        and _is_split_type(decision.tensor.name, checkpoint)
     ]
     if stacks:
         notes.append(
@@ -339,6 +212,9 @@ def _notes(checkpoint: Checkpoint, decisions: list[Decision]) -> list[str]:
             "engines load these as one and refuse them when only some are quantized: "
             f"{some([*differing, *partial])}"
         )
+    torn = torn_groups(decisions) if dropped else []
+    if torn:
+        notes.append(f"dropped, while engines load these as one: {some(torn)}")
     return notes
 
 
@@ -351,6 +227,9 @@ def _is_split_type(name: str, checkpoint: Checkpoint) -> bool:
 def _unused(recipe: Recipe, used: set[str]) -> list[str]:
     patterns = [*recipe.exclude, *recipe.include]
     notes = [f"{pattern!r} matches no module" for pattern in patterns if pattern not in used]
+    notes += [
+        f"--drop {pattern!r} matches no tensor" for pattern in recipe.drop if pattern not in used
+    ]
     return notes + [
         f"rule {rule.match!r} decides nothing: it matches no module that earlier rules leave"
         for rule in recipe.rules

@@ -1,20 +1,22 @@
-"""What is reported of a finished step: digests, and what quantization lost."""
+"""What is reported of a finished step, and the report as a file that is never whole in memory."""
 
 import math
+from collections.abc import Iterable, Iterator
 
-from qschema.plan import Step
-from qschema.report import TensorReport, WrittenTensor
+from qconvert.journal import StepDone
+from qschema.plan import Plan, Step
+from qschema.report import Report, TensorReport, WrittenTensor
 
 
-def report_of(
-    step: Step,
-    digests: list[str],
-    *,
-    num_nonfinite: int | None,
-    num_saturated: int | None = None,
-    error: tuple[float, float] | None = None,
-) -> TensorReport:
-    """Return the report of a finished step; `error` is (sum((w - dequantized)^2), sum(w^2))."""
+def reports_of(plan: Plan, done: Iterable[tuple[StepDone, ...]]) -> Iterator[TensorReport]:
+    """Yield the report of each step, in the plan's order; `done` has the steps of each unit."""
+    for unit, steps in zip(plan.units, done, strict=True):
+        for step, found in zip(unit.steps, steps, strict=True):
+            yield report_of(step, found)
+
+
+def report_of(step: Step, done: StepDone) -> TensorReport:
+    """Return the report of a finished step."""
     return TensorReport(
         source=step.source.name,
         part=step.part,
@@ -24,14 +26,26 @@ def report_of(
         algo=step.algo,
         reason=step.reason,
         outputs=[
-            WrittenTensor(name=span.name, dtype=span.dtype, shape=span.shape, sha256=digest)
-            for span, digest in zip(step.outputs, digests, strict=True)
+            WrittenTensor(name=span.name, dtype=span.dtype, shape=span.shape, digest=digest)
+            for span, digest in zip(step.outputs, done.digests, strict=True)
         ],
-        sqnr=None if error is None else _sqnr(*error),
-        relative_error=None if error is None else _relative_error(*error),
-        num_saturated=num_saturated,
-        num_nonfinite=num_nonfinite,
+        sqnr=None if done.error is None else _sqnr(*done.error),
+        relative_error=None if done.error is None else _relative_error(*done.error),
+        num_saturated=done.num_saturated,
+        num_nonfinite=done.num_nonfinite,
     )
+
+
+def report_bytes(head: Report, tensors: Iterable[TensorReport]) -> Iterator[bytes]:
+    """Yield the JSON of `head`, which has no tensors, with `tensors` in their place."""
+    before, after = head.model_dump_json(indent=1).split('"tensors": []', 1)
+    yield f'{before}"tensors": ['.encode()
+    comma = ""
+    for tensor in tensors:
+        indented = tensor.model_dump_json(indent=1).replace("\n", "\n  ")
+        yield f"{comma}\n  {indented}".encode()
+        comma = ","
+    yield f"\n ]{after}\n".encode()
 
 
 def _relative_error(err2: float, ref2: float) -> float:

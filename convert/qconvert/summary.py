@@ -7,6 +7,7 @@ from math import prod
 
 from qconvert.convert import effective_bits
 from qconvert.errors import human
+from qconvert.high_water import needs
 from qschema.plan import Plan, Step
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -18,21 +19,26 @@ def describe(plan: Plan) -> Iterator[str]:
     source = plan.source
     yield f"source   {source.model_type or 'unknown model type'}, {human(source.nbytes)}"
     quantized = [step for step in plan.steps if step.algo]
-    kept = [step for step in plan.steps if not step.algo]
     where = f" ({effective_bits(plan, quantized_only=True):.3f} where quantized)"
     yield (
         f"output   {human(plan.output_nbytes())} in {len(plan.shards)} files, "
         f"{effective_bits(plan, quantized_only=False):.2f} bits per weight"
         f"{where if quantized else ''}"
     )
+    if plan.high_water:
+        yield f"needs    {needs(plan.high_water)}"
     if plan.quantized_layers:
         for algo in plan.algos:
             of_algo = [step for step in quantized if step.algo == algo]
             yield f"         {algo}: {len(of_algo)} tensors, {_sizes(of_algo)}, {_bits(of_algo)}"
     yield f"quantize {len(quantized)} tensors, {_sizes(quantized)}"
     yield from _lines(quantized)
-    yield f"keep     {len(kept)} tensors, {human(sum(step.source.nbytes for step in kept))}"
-    yield from _lines(kept)
+    for kind in ("fold", "keep", "drop"):
+        steps = [step for step in plan.steps if step.action == kind]
+        if steps or kind == "keep":
+            nbytes = human(sum(step.source.nbytes for step in steps))
+            yield f"{kind:8} {len(steps)} tensors, {nbytes}"
+            yield from _lines(steps)
     for constant in plan.constants:
         yield f"add      {constant.output.name}: {constant.reason}"
     yield f"exclude  {', '.join(plan.exclude_modules) or 'nothing'}"

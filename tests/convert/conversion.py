@@ -43,6 +43,7 @@ def run(
     device: Device | None = None,
     workers: int = 2,
     budget: int = 64 << 20,
+    fresh: bool = False,
     **fields: object,
 ) -> Report:
     """Return the report of a conversion by `asked`, or of everything to `algo`.
@@ -54,7 +55,7 @@ def run(
     if statistics is None:
         statistics = made_up(checkpoint, output.parent)
     plan = make_plan(checkpoint, asked, statistics)
-    return convert(
+    convert(
         checkpoint,
         plan,
         output,
@@ -63,7 +64,14 @@ def run(
         workers=workers,
         budget=budget,
         watch=lambda progress: None,
+        fresh=fresh,
     )
+    return report_in(output)
+
+
+def report_in(output: Path) -> Report:
+    """Return the report that a conversion left in `output`."""
+    return Report.model_validate_json((output / "qconvert_report.json").read_bytes())
 
 
 def planned(source: Path, *rules: tuple[str, str], **fields: object) -> Plan:

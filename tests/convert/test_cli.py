@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import stat
 import subprocess
@@ -11,12 +12,16 @@ import time
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from qschema.plan import Plan
 from qschema.report import Report
+from qschema.timings import Stage
+
+from .conversion import digests
 
 Make = Callable[..., Path]
 RUN = [sys.executable, "-m", "qconvert"]
@@ -34,14 +39,29 @@ def qconvert(*args: object, env: dict[str, str] | None = None) -> subprocess.Com
     )
 
 
-def test_a_conversion_is_quiet_on_stdout_and_says_what_to_do_next(
-    llama: Path, tmp_path: Path
-) -> None:
+def test_a_conversion_without_a_terminal_says_nothing(llama: Path, tmp_path: Path) -> None:
     done = qconvert(llama, tmp_path / "out", "--algo", "fp8_pb_wo", "--device", "cpu")
 
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_asked_it_says_where_the_time_went_and_what_to_do_next(llama: Path, tmp_path: Path) -> None:
+    done = qconvert(llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--device", "cpu", "-v")
+
+    head, *table, bottleneck, last = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (0, "")
-    assert f"qvalidate {tmp_path / 'out'} --reference {llama}" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert head.split() == ["stage", "busy", "share", "GB/s"]
+    assert {line.split()[0] for line in table} == {*get_args(Stage), "all"}
+    assert re.match(r"bottleneck: (plan|read|encode|digest|write|sync), \d+ % of", bottleneck)
+    assert last.startswith(f"{tmp_path / 'out'}: 1.4 MiB, 9.69 bits per weight, on cpu")
+    assert last.endswith(f"qvalidate {tmp_path / 'out'} --reference {llama}")
+
+
+def test_notes_are_printed_in_any_case(llama: Path, tmp_path: Path) -> None:
+    done = qconvert(llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--exclude", "visual", "-q")
+
+    assert (done.returncode, done.stderr) == (0, "note: 'visual' matches no module\n")
 
 
 def test_side_files_are_copied_byte_for_byte_with_umask_modes(llama: Path, tmp_path: Path) -> None:
@@ -181,9 +201,61 @@ def test_a_terminal_gets_a_bar(llama: Path, tmp_path: Path) -> None:
     os.close(main)
 
     assert "converting" in shown
+    assert "check it with: qvalidate" in shown
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, make: Make) -> None:
+def test_a_quiet_terminal_gets_neither_bar_nor_summary(llama: Path, tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    command = [*RUN, str(llama), str(tmp_path / "out"), "--algo", "FP8_PB_WO", "-q"]
+    with subprocess.Popen(command, stderr=terminal) as process:
+        process.wait(timeout=60)
+    os.set_blocking(main, False)
+    with pytest.raises(BlockingIOError):
+        os.read(main, 1)
+    os.close(terminal)
+    os.close(main)
+
+    assert process.returncode == 0
+
+
+def test_done_before_is_success_and_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    command = [llama, tmp_path / "out", "--algo", "FP8_PB_WO", "--device", "cpu"]
+    timings = tmp_path / "timings.json"
+    qconvert(*command)
+    before = digests(tmp_path / "out")
+
+    again = qconvert(*command, "--timings", timings, "-v")
+
+    assert (again.returncode, digests(tmp_path / "out")) == (0, before)
+    assert f"note: {tmp_path / 'out'}: is complete already; nothing was done" in again.stderr
+    assert "was there already" in again.stderr
+    assert not timings.exists()
+
+
+def test_a_directory_named_like_a_command_is_reached_by_a_path(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan").symlink_to(llama)
+    monkeypatch.chdir(tmp_path)
+
+    done = qconvert("./plan", "out", "--algo", "FP8_PB_WO")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(llama: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [*RUN, "plan", str(llama), "--algo", "FP8_PB_WO"]
+
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(write)
+
+    assert done.stderr == b""
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, make: Make) -> None:
     source = make({"model.layers.0.mlp.up_proj.weight": torch.randn(8192, 8192)})
     # one worker without the native kernels takes seconds for this
     env = {**os.environ, "QKERNELS_NATIVE": "0"}
@@ -197,9 +269,11 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, make: Make) -> None:
         process.send_signal(signal.SIGINT)
         _, words = process.communicate(timeout=60)
 
-    assert words.splitlines()[-1] == "qconvert: interrupted; nothing was written"
+    assert words.splitlines()[-1] == (
+        "qconvert: interrupted; run the same command again to go on, or with --fresh to start over"
+    )
     assert process.returncode == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "out").exists()
 
 
 BAD_WORDS = [
@@ -208,7 +282,11 @@ BAD_WORDS = [
     (["--algo", "FP8_PB_WO", "--recipe", "r.yaml"], 2, "give either --algo or --recipe"),
     (["--algo", "FP8_PB_WO", "--memory-budget", "lots"], 2, "'lots' is not a size"),
     (["--algo", "FP8_PB_WO", "--device", "tpu"], 2, "'tpu' is none of auto, cpu, cuda, cuda:N"),
+    (["--algo", "FP8_PB_WO", "--device", "cuda,cuda:1"], 2, "lists such as cuda:0,cuda:1"),
+    (["--algo", "FP8_PB_WO", "--device", "cpu,cuda:0"], 2, "lists such as cuda:0,cuda:1"),
     (["--algo", "FP8_PB_WO", "--device", "cuda:99"], 1, "this machine shows"),
+    (["--algo", "FP8_PB_WO", "-v", "-q"], 2, "give either --verbose or --quiet"),
+    (["--algo", "FP8_PB_WO", "--timings", "/nowhere/t.json"], 2, "in a directory that exists"),
     (["--algo", "FP8_PB_WO", "--workers", "0"], 2, "0 is not in the range"),
     (["--recipe", "nowhere.yaml"], 1, "nowhere.yaml: recipe-missing: no such file"),
     (["--algo", "FP8_PB_WO", "--device", "cpu", "--memory-budget", "64KiB"], 1, "raise --memory-"),

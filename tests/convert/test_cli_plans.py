@@ -38,7 +38,7 @@ def test_help_explains_every_option() -> None:
         "--kv-cache [FP8|NVFP4|NVFP4_AFFINE|none] How engines keep keys and values;",
         "--on-indivisible [refuse|keep] A weight whose size its format can't have: an error "
         "(default), or kept as it is.",
-        "--fail-if GATE Write nothing if a tensor meets this: 'sqnr<20' (dB), "
+        "--fail-if GATE Make no checkpoint if a tensor meets this: 'sqnr<20' (dB), "
         "'relative_error>0.1', 'saturated>0.01'.",
         "NVFP4_AWQ, W4A16_AWQ",
     ):
@@ -184,7 +184,8 @@ def test_what_is_refused_is_one_clear_error(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    # a gate fails when all is done, which then waits for another gate
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["out.partial"])
 
 
 def test_a_weight_that_does_not_fit_and_how_to_go_on(tmp_path: Path, make: Make) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from qconvert.errors import ConvertError
-from qconvert.output import check_paths, copy_file, partial_directory, write_file
+from qconvert.files import copy_file, write_file
+from qconvert.journal import Header, Record
+from qconvert.output import check_paths, partial_directory
+
+HEADER = Header("1", "a plan", None, ())
 
 
-def test_the_directory_appears_whole_and_without_the_marker(tmp_path: Path) -> None:
-    with partial_directory(tmp_path / "out") as partial:
-        write_file(partial / "sub" / "a.json", b"{}")
+def test_the_directory_appears_whole_and_without_the_books(tmp_path: Path) -> None:
+    with partial_directory(tmp_path / "out", HEADER) as partial:
+        write_file(partial.path / "sub" / "a.json", [b"{}"])
         assert not (tmp_path / "out").exists()
 
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
@@ -24,10 +28,12 @@ def test_the_directory_appears_whole_and_without_the_marker(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_before_any_unit_leaves_nothing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     def fail() -> None:
-        with partial_directory(tmp_path / "out") as partial:
-            write_file(partial / "a.json", b"{}")
+        with partial_directory(tmp_path / "out", HEADER) as partial:
+            write_file(partial.path / "a.json", [b"{}"])
             raise error
 
     with pytest.raises(error):
@@ -36,18 +42,36 @@ def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_after_a_unit_keeps_it(tmp_path: Path, error: type[BaseException]) -> None:
+    record = Record("key", (), ())
+
+    def fail() -> None:
+        with partial_directory(tmp_path / "out", HEADER) as partial:
+            write_file(partial.path / "a.json", [b"{}"])
+            partial.journal.append(record)
+            raise error
+
+    with pytest.raises(error):
+        fail()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    with partial_directory(tmp_path / "out", HEADER) as partial:
+        assert partial.before == [(tmp_path / "out.partial", {"key": record})]
+
+
 def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
-    with partial_directory(tmp_path / "out") as partial:
-        write_file(partial / "a.json", b"{}")
+    with partial_directory(tmp_path / "out", HEADER) as partial:
+        write_file(partial.path / "a.json", [b"{}"])
 
     assert (tmp_path / "out" / "a.json").read_bytes() == b"{}"
 
 
 def test_an_output_that_filled_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     def race() -> None:
-        with partial_directory(tmp_path / "out"):
+        with partial_directory(tmp_path / "out", HEADER):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "precious").write_text("x")
 
@@ -57,14 +81,13 @@ def test_an_output_that_filled_up_meanwhile_is_not_replaced(tmp_path: Path) -> N
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
-def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_without_a_journal_is_cleared(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / ".qconvert-partial").touch()
+    (partial / ".qconvert").mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
 
-    with partial_directory(tmp_path / "out"):
-        pass
+    with partial_directory(tmp_path / "out", HEADER) as found:
+        assert "its journal is missing or damaged; starting over" in found.notes[0]
 
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -72,28 +95,10 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
 def test_what_a_run_left_that_was_killed_at_its_start_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
 
-    with partial_directory(tmp_path / "out"):
+    with partial_directory(tmp_path / "out", HEADER):
         pass
 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_run_killed_at_the_rename_is_known_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    monkeypatch.setattr(
-        os, "rename", lambda source, target: seen.append(sorted(os.listdir(source)))
-    )
-
-    def stop() -> None:
-        with partial_directory(tmp_path / "out"):
-            pass
-
-    with pytest.raises(FileNotFoundError):
-        stop()
-
-    assert seen == [[".qconvert-partial"]]
 
 
 def test_a_mount_point_is_refused_before_any_work(
@@ -113,7 +118,7 @@ def test_a_foreign_directory_of_that_name_is_not_touched(tmp_path: Path) -> None
 
     with (
         pytest.raises(ConvertError, match="was not made by qconvert"),
-        partial_directory(tmp_path / "out"),
+        partial_directory(tmp_path / "out", HEADER),
     ):
         pass
 
@@ -121,13 +126,13 @@ def test_a_foreign_directory_of_that_name_is_not_touched(tmp_path: Path) -> None
 
 
 def test_a_run_in_progress_is_not_disturbed(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    with open(tmp_path / "out.partial" / ".qconvert-partial", "w") as marker:
-        fcntl.flock(marker, fcntl.LOCK_EX)
+    (tmp_path / "out.partial" / ".qconvert").mkdir(parents=True)
+    with open(tmp_path / "out.partial" / ".qconvert" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
         with (
             pytest.raises(ConvertError, match="another conversion is writing it"),
-            partial_directory(tmp_path / "out"),
+            partial_directory(tmp_path / "out", HEADER),
         ):
             pass
 
@@ -141,7 +146,7 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         copy_file(source, tmp_path / "copied")
-        write_file(tmp_path / "written", b"")
+        write_file(tmp_path / "written", [])
     finally:
         os.umask(before)
 

@@ -1,5 +1,6 @@
 """The plan: every source tensor accounted for, by the recipe, then the architecture map."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from qconvert.errors import ConvertError
 from qconvert.planner import make_plan
 from qschema.checkpoint import open_checkpoint
-from qschema.plan import Plan
+from qschema.plan import LOCAL, Plan
 from qschema.recipe import Recipe, Rule
 
 Make = Callable[..., Path]
@@ -355,6 +356,14 @@ def test_conv1d_weights_are_refused_without_a_model_type_too(make: Make) -> None
 def test_a_plan_is_the_same_for_the_same_input(llama: Path) -> None:
     assert plan(llama).sha256() == plan(llama).sha256()
     assert Plan.parse(plan(llama).model_dump(mode="json"), file="plan.json") == plan(llama)
+
+
+def test_the_digest_is_that_of_the_json_without_what_is_local(llama: Path) -> None:
+    found = plan(llama)
+
+    text = found.model_dump_json(exclude=set(LOCAL))
+
+    assert found.sha256() == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_chat_templates_that_differ_are_noted(make: Make) -> None:

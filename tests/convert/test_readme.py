@@ -40,9 +40,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("here")
 def test_commands_print_what_is_shown() -> None:
-    (block,) = blocks("qconvert", "console")
+    (first,) = blocks("qconvert", "console")
+    (second,) = blocks("Plans", "console")
 
-    for part in block.split("$ ")[1:]:
+    for part in (first + second).split("$ ")[1:]:
         command, _, shown = part.partition("\n")
         done = qconvert(*shlex.split(command)[1:], "--device", "cpu")
         printed = done.stdout + done.stderr

@@ -38,16 +38,20 @@ def declare() -> Iterator[Declare]:
     """Return what puts a declaration in the place of the one of the same name, for one test."""
     replaced = {}
 
+    def forget() -> None:
+        formats.cache_clear()
+        find.cache_clear()
+
     def change(declared: Format) -> None:
         module = import_module(f"qschema.formats.{declared.name.lower()}")
         replaced.setdefault(module, module.FORMAT)
         module.FORMAT = declared
-        formats.cache_clear()
+        forget()
 
     yield change
     for module, declared in replaced.items():
         module.FORMAT = declared
-    formats.cache_clear()
+    forget()
 
 
 def without(algo: str, suffix: str) -> Format:

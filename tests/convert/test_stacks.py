@@ -221,7 +221,7 @@ def test_slices_of_a_transposed_stack_give_the_same_bytes(
     for name, budget in (("b", 100 << 10), ("c", 170 << 10), ("d", 1 << 20)):
         run(path, tmp_path / name, algo=algo, workers=1, budget=budget)
         assert digests(tmp_path / name) == digests(tmp_path / "a")
-    torch_only = Device("cpu (torch)", 1, TorchBackend)
+    torch_only = Device("cpu (torch)", 1, lambda slot: TorchBackend())
     run(path, tmp_path / "t", algo=algo, workers=2, budget=400 << 10, device=torch_only)
 
     assert digests(tmp_path / "t") == digests(tmp_path / "a")

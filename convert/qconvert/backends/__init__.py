@@ -1,24 +1,28 @@
-"""Where tensors are encoded: native CPU kernels, torch on the CPU, or a CUDA device.
+"""Where tensors are encoded: native CPU kernels, torch on the CPU, or CUDA devices.
 
 Every backend gives the same bytes. A backend belongs to one worker thread; it owns no files.
 """
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
-from qconvert.errors import ConvertError
+from qconvert.errors import ConvertError, some
 from qkernels.native import available, supports
 from qschema.formats import Format
+
+DEVICE_PATTERN = re.compile(r"auto|cpu|cuda|cuda:\d{1,4}(,cuda:\d{1,4})*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Task:
     """A slice of rows to encode, in memory that the backend allocated. Sizes in bytes match shapes.
 
+    Its parts lie at multiples of 64 bytes and don't overlap; the padding behind a part is nobody's.
     `source` holds [rows, columns] of `dtype`, or [columns, rows] if `transposed`; `outputs` are
     codes and scales in the order of the declaration, transposed as the source is, and then
     `scratch` has room for source and outputs again. `global_scale` is that of the whole weight,
@@ -48,7 +52,11 @@ class Counts:
 
 
 class Backend(Protocol):
-    """One worker's way to encode. `slice_nbytes` is the source size of a slice that suits it."""
+    """One worker's way to encode. `slice_nbytes` is the source size of a slice that suits it.
+
+    `allocate` is called once, before all else. On a GPU it also takes all the device memory that
+    the backend will have: `Device.device_factor` times as much, and `quantize` allocates nothing.
+    """
 
     slice_nbytes: int
 
@@ -71,9 +79,18 @@ class Device:
 
     name: str
     default_workers: int
-    make: Callable[[], Backend]
+    # of the worker with this number; worker s has GPU s modulo their number
+    make: Callable[[int], Backend]
     # what a person should know about it
     remark: str = ""
+    # bytes of device memory per byte of a worker's buffer, at most; all workers' are in the budget
+    device_factor: float = 0.0
+    num_gpus: int = 0
+
+
+def is_device_name(text: str) -> bool:
+    """Return True for what `resolve` takes: auto, cpu, cuda, cuda:N or cuda:N,cuda:M and so on."""
+    return DEVICE_PATTERN.fullmatch(text) is not None
 
 
 def address(view: memoryview) -> int:
@@ -82,29 +99,37 @@ def address(view: memoryview) -> int:
 
 
 def resolve(device: str, *, codecs: list[str]) -> Device:
-    """Return the device that `device` ("auto", "cpu", "cuda", "cuda:N") names on this machine.
+    """Return the device that `device` names on this machine; "cuda" is every GPU it shows.
 
     "auto" takes the native CPU kernels where they were built and know every codec of `codecs`:
     reads, digests and writes are the host's work in any case, and the weights need not cross PCIe
-    (benchmarks/convert_gpu.csv). Else a GPU, else torch on the CPU. Raises ConvertError for what is
-    not here.
+    (benchmarks/convert_gpu.csv). Else all GPUs, else torch on the CPU. Raises ConvertError for what
+    is not here, and for what is no name of a device.
     """
-    kind, _, ordinal = device.partition(":")
-    if kind != "cuda" and available() and all(supports(name) for name in codecs):
+    wanted = _wanted_gpus(device)
+    if not device.startswith("cuda") and available() and all(supports(name) for name in codecs):
         from qconvert.backends.native import NativeBackend
 
         return Device("cpu (native)", _num_cores(), NativeBackend)
-    num_gpus = count_gpus() if kind != "cpu" else 0
-    if kind == "cuda" and int(ordinal or 0) >= num_gpus:
+    num_gpus = count_gpus() if device != "cpu" else 0
+    if device.startswith("cuda") and max(wanted, default=0) >= num_gpus:
         raise ConvertError(f"--device {device}: this machine shows {num_gpus} CUDA devices")
     _need("torch")
     if num_gpus:
         _need("triton")
         from qconvert.backends.cuda import CudaBackend, check_torch
 
-        check_torch()
-        name = f"cuda:{int(ordinal or 0)}"
-        return Device(name, min(8, _num_cores()), lambda: CudaBackend(name))
+        ordinals = wanted or list(range(num_gpus))
+        check_torch(max(ordinals) + 1)
+        names = [f"cuda:{ordinal}" for ordinal in ordinals]
+        return Device(
+            ",".join(names),
+            # a worker reads, hashes and writes, most of its time; each GPU needs one at least
+            max(len(names), min(16, _num_cores())),
+            lambda slot: CudaBackend(names[slot % len(names)]),
+            device_factor=CudaBackend.device_factor,
+            num_gpus=len(names),
+        )
     from qconvert.backends.torch_cpu import TorchBackend
 
     remark = (
@@ -112,6 +137,21 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
         "many times slower"
     )
     return Device("cpu (torch)", _num_cores(), TorchBackend, remark)
+
+
+def _wanted_gpus(device: str) -> list[int]:
+    """Return the ordinals in `device`, none where it doesn't say which."""
+    if not is_device_name(device):
+        raise ConvertError(
+            f"--device {device}: expected auto, cpu, cuda (every GPU), cuda:N, or a list of GPUs "
+            "like cuda:0,cuda:1"
+        )
+    ordinals = [int(ordinal) for ordinal in re.findall(r"\d+", device)]
+    repeated = sorted({ordinal for ordinal in ordinals if ordinals.count(ordinal) > 1})
+    if repeated:
+        names = some([f"cuda:{ordinal}" for ordinal in repeated])
+        raise ConvertError(f"--device {device}: {names} more than once; name each GPU once")
+    return ordinals
 
 
 def _need(package: str) -> None:

@@ -1,70 +1,114 @@
-"""Encoding on a CUDA device: pinned buffers, one stream per worker, Triton kernels.
+"""Encoding on a CUDA device: one stream per worker, Triton kernels, CUDA graphs.
 
 Copies in, kernels and copies out of one worker are in order on its stream and overlap with those of
-the other workers, with their reads, hashes and writes.
+the other workers, with their reads, digests and writes. Slices of one shape take the same steps at
+the same addresses, so the second of them is captured as a graph: one launch then stands for all
+calls, which cost more of the host's time, under the GIL, than of the device's.
 """
+
+import mmap
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 
-from qconvert.backends import Counts, Task
-from qconvert.backends.torch_cpu import amax, count_nonfinite, source_tensor, store
-from qconvert.errors import ConvertError
-from qkernels import kernels_for
+from qconvert.backends import Task, address
+from qconvert.backends.mirror import MirrorBackend
+from qconvert.errors import ConvertError, human
+
+# Launches are Python under the GIL in any case. One at a time, a kernel that is not compiled yet is
+# compiled by one worker while the others wait, not by each of them.
+_LAUNCHING = threading.Lock()
+# the shapes of a model's weights, whole slices and last ones
+_MOST_GRAPHS = 16
+
+# what decides the steps of a slice: codec, dtype, rows, columns, stored transposed, place
+_Shape: TypeAlias = tuple[str, str, int, int, bool, int]
 
 
-def check_torch() -> None:
-    """Raise ConvertError if this torch was built without CUDA, whatever the machine has."""
-    if not torch.cuda.is_available():
+def check_torch(num_gpus: int) -> None:
+    """Raise ConvertError if this torch sees fewer than the `num_gpus` that the machine has."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen < num_gpus:
         raise ConvertError(
-            f"torch {torch.__version__} does not see the CUDA device: install a CUDA build of "
-            "torch, or convert with --device cpu"
+            f"torch {torch.__version__} sees {seen} of {num_gpus} CUDA devices: install a CUDA "
+            "build of torch that fits the driver, or convert with --device cpu"
         )
 
 
-class CudaBackend:
+class CudaBackend(MirrorBackend):
     """One worker's stream on the device `name` ("cuda:0")."""
 
-    # enough for the copy engines; small enough that many workers share a budget
-    slice_nbytes = 32 << 20
-
     def __init__(self, name: str) -> None:
-        self._device = torch.device(name)
+        super().__init__(torch.device(name))
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        # else a core spins for every worker that waits
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        # None: seen once, so all its kernels are compiled and loaded
+        self._graphs: OrderedDict[_Shape, torch.cuda.CUDAGraph | None] = OrderedDict()
 
-    def allocate(self, nbytes: int) -> memoryview:
-        """Return page-locked host memory, which the device reads and writes by itself."""
-        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return memoryview(pinned.numpy())  # type: ignore[arg-type]
+    def _page_locked(self, nbytes: int) -> memoryview:
+        """Return anonymous memory that CUDA has locked; torch's pinned memory is a power of two."""
+        mapping = mmap.mmap(-1, nbytes)
+        view = memoryview(mapping)
+        start = address(view)
+        with torch.cuda.device(self._device):
+            error = int(_runtime().cudaHostRegister(start, nbytes, 0))
+        if error != 0:
+            raise ConvertError(
+                f"{self._device}: CUDA does not lock {human(nbytes)} of host memory (error "
+                f"{error}); lower --memory-budget or --workers, or convert with --device cpu"
+            )
+        # holds the mapping, so that it is unlocked before it is unmapped
+        weakref.finalize(self, _unlock, self._stream, start, mapping).atexit = False
+        return view
 
-    def quantize(self, task: Task) -> Counts:
-        """Encode on the device; returns when the outputs are in host memory."""
-        kernels = kernels_for(task.declared.codec)
+    def _run(self, task: Task) -> None:
+        codec, place = task.declared.codec, self._place(task.source).start
+        shape = (codec, task.dtype, task.rows, task.columns, task.transposed, place)
+        if shape not in self._graphs:
+            super()._run(task)
+            self._graphs[shape] = None
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            return
+        self._graphs.move_to_end(shape)
+        graph = self._graphs[shape] or self._capture(task, shape)
         with torch.cuda.stream(self._stream):
-            weight = source_tensor(task).to(self._device, non_blocking=True)
-            if task.transposed:
-                weight = weight.T.contiguous()
-            scale = None
-            if kernels.global_scale is not None:
-                scale = torch.full((), task.global_scale, dtype=torch.float32, device=self._device)
-            tensors = kernels.quantize_triton(weight, global_scale=scale)
-            stats = kernels.row_stats(weight, tensors)
-            specs = task.declared.specs("codes", "scale")
-            for spec, output in zip(specs, task.outputs, strict=True):
-                tensor = tensors[spec.suffix]
-                store(output, tensor.T if task.transposed else tensor)
-            store(task.err2, stats.err2_N)
-            store(task.ref2, stats.ref2_N)
-            counts = torch.stack([stats.num_nonfinite, stats.num_saturated])
-            self._counts.copy_(counts, non_blocking=True)
-        self._stream.synchronize()
-        num_nonfinite, num_saturated = self._counts.tolist()
-        return Counts(num_nonfinite, num_saturated)
+            graph.replay()
 
-    def amax(self, source: memoryview, *, dtype: str) -> float:
-        """Return the largest finite magnitude; on the host, where it is already."""
-        return amax(source, dtype=dtype)
+    def _capture(self, task: Task, shape: _Shape) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with self._queue():
+            # other threads go on with what a capture may not do
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._steps(task)
+            finally:
+                graph.capture_end()
+        self._graphs[shape] = graph
+        return graph
 
-    def count_nonfinite(self, source: memoryview, *, dtype: str) -> int:
-        """Return how many elements are NaN or Inf; on the host, where they are already."""
-        return count_nonfinite(source, dtype=dtype)
+    @contextmanager
+    def _queue(self) -> Iterator[None]:
+        with _LAUNCHING, torch.cuda.stream(self._stream):
+            yield
+
+    def _wait(self) -> None:
+        self._done.record(self._stream)
+        self._done.synchronize()
+
+
+def _unlock(stream: torch.cuda.Stream, start: int, mapping: mmap.mmap) -> None:
+    """Unlock memory that nothing on the device reads or writes any more."""
+    stream.synchronize()
+    with torch.cuda.device(stream.device):
+        _runtime().cudaHostUnregister(start)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -13,6 +13,9 @@ class NativeBackend:
     # source and output of a slice stay in the cache between read, encode, hash and write
     slice_nbytes = 4 << 20
 
+    def __init__(self, slot: int = 0) -> None:
+        """Every worker's is alike."""
+
     def allocate(self, nbytes: int) -> memoryview:
         """Return zeroed, page-aligned anonymous memory."""
         return memoryview(mmap.mmap(-1, nbytes))

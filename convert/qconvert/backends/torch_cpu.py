@@ -18,7 +18,7 @@ class TorchBackend:
 
     slice_nbytes = 4 << 20
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int = 0) -> None:
         # the workers are the threads
         torch.set_num_threads(1)
 

@@ -1,0 +1,413 @@
+"""Going on after an interruption: what is kept, what is redone, what is refused."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from qconvert import units
+from qconvert.backends import resolve
+from qconvert.convert import Outcome, convert
+from qconvert.errors import ConvertError
+from qconvert.planner import make_plan
+from qconvert.statistics import Statistics
+from qschema.checkpoint import open_checkpoint
+from qschema.plan import Unit
+from qschema.recipe import Recipe
+
+from .conversion import CHECKPOINTS, Make, digests, recipe, wide
+
+BUDGET = 2 << 20
+
+
+class StopError(Exception):
+    """Stands for whatever ends a run early."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], "contextmanager[None]"]:
+    """Return a context in which a conversion ends with StopError after so many units."""
+
+    @contextmanager
+    def stopping(count: int) -> Iterator[None]:
+        real, done = units.UnitWorker.convert, []
+
+        def counted(self: units.UnitWorker, unit: Unit) -> object:
+            if len(done) == count:
+                raise StopError
+            done.append(unit)
+            return real(self, unit)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(units.UnitWorker, "convert", counted)
+            with pytest.raises(StopError):
+                yield
+
+    return stopping
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the tensors that are converted from now on, as they are."""
+    names: list[str] = []
+    real = units.UnitWorker.convert
+
+    def noted(self: units.UnitWorker, unit: Unit) -> object:
+        names.extend(step.source.name for step in unit.steps)
+        return real(self, unit)
+
+    monkeypatch.setattr(units.UnitWorker, "convert", noted)
+    return names
+
+
+def go(
+    source: Path,
+    output: Path,
+    asked: Recipe | None = None,
+    *,
+    fresh: bool = False,
+    workers: int = 1,
+) -> Outcome:
+    """Convert, and return what came of it."""
+    checkpoint = open_checkpoint(source)
+    return convert(
+        checkpoint,
+        make_plan(checkpoint, asked or recipe()),
+        output,
+        statistics=Statistics(),
+        device=resolve("cpu", codecs=["fp8_pb_wo", "mxfp8"]),
+        workers=1,
+        budget=BUDGET,
+        watch=lambda progress: None,
+        fresh=fresh,
+    )
+
+
+Stop = Callable[[int], "contextmanager[None]"]
+
+
+def test_a_second_run_redoes_only_what_is_missing(
+    tmp_path: Path, stop_after: Stop, converted: list[str]
+) -> None:
+    source = CHECKPOINTS / "llama"
+    go(source, tmp_path / "whole")
+    num_units = len(converted)
+    with stop_after(4):
+        go(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    converted.clear()
+
+    outcome = go(source, tmp_path / "out")
+
+    assert len(converted) == num_units - 4
+    assert outcome.timings.reused_nbytes > 0
+    assert "went on from an interrupted run" in outcome.notes[0]
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_fresh_starts_over(tmp_path: Path, stop_after: Stop, converted: list[str]) -> None:
+    source = CHECKPOINTS / "llama"
+    with stop_after(4):
+        go(source, tmp_path / "out")
+    converted.clear()
+
+    outcome = go(source, tmp_path / "out", fresh=True)
+
+    assert len(converted) == len(open_checkpoint(source).tensors)
+    assert (outcome.notes, outcome.timings.reused_nbytes) == ([], 0)
+
+
+def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path, stop_after: Stop) -> None:
+    with stop_after(0):
+        go(CHECKPOINTS / "llama", tmp_path / "out")
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_running_again_after_the_end_does_nothing(tmp_path: Path, converted: list[str]) -> None:
+    go(CHECKPOINTS / "llama", tmp_path / "out")
+    before = digests(tmp_path / "out")
+    converted.clear()
+
+    outcome = go(CHECKPOINTS / "llama", tmp_path / "out")
+
+    assert outcome.done_before
+    assert not converted
+    assert digests(tmp_path / "out") == before
+
+
+def test_another_plan_does_not_pass_for_the_finished_one(tmp_path: Path) -> None:
+    go(CHECKPOINTS / "llama", tmp_path / "out")
+
+    with pytest.raises(ConvertError, match="exists and is not empty; nothing is overwritten"):
+        go(CHECKPOINTS / "llama", tmp_path / "out", recipe(algo="MXFP8"))
+
+
+def test_a_finished_output_that_lost_a_file_is_no_success(tmp_path: Path) -> None:
+    go(CHECKPOINTS / "llama", tmp_path / "out")
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+
+    with pytest.raises(ConvertError, match=r"is not as it was; remove the directory"):
+        go(CHECKPOINTS / "llama", tmp_path / "out")
+
+
+def test_killed_between_rename_and_clean_up(tmp_path: Path, converted: list[str]) -> None:
+    source = CHECKPOINTS / "llama"
+    go(source, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (tmp_path / "out" / ".qconvert").mkdir()
+    (tmp_path / "out" / ".qconvert" / "journal").write_text("x")
+    converted.clear()
+
+    assert go(source, tmp_path / "out").done_before
+
+    assert not converted
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_changed_recipe_redoes_only_what_it_touches(
+    tmp_path: Path, stop_after: Stop, converted: list[str]
+) -> None:
+    """Every offset moves, the bytes of the other tensors are taken over."""
+    source = CHECKPOINTS / "llama"
+    changed = recipe(exclude=["model.layers.0.mlp.*"])
+    go(source, tmp_path / "whole", changed)
+    with stop_after(len(converted) - 1):
+        go(source, tmp_path / "out")
+    done = set(converted)
+    converted.clear()
+
+    outcome = go(source, tmp_path / "out", changed)
+
+    mlp = {name for name in done if name.startswith("model.layers.0.mlp.")}
+    assert mlp <= set(converted)
+    assert len(converted) == len(mlp) + 1
+    assert "the plan has changed" in outcome.notes[0]
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_plans_that_alternate_lose_nothing(
+    tmp_path: Path, stop_after: Stop, converted: list[str]
+) -> None:
+    source = CHECKPOINTS / "llama"
+    first, second = recipe(), recipe(exclude=["model.layers.0.*"])
+    go(source, tmp_path / "whole")
+    with stop_after(8):
+        go(source, tmp_path / "out", first)
+    with stop_after(2):
+        go(source, tmp_path / "out", second)
+    converted.clear()
+
+    go(source, tmp_path / "out", first)
+
+    assert len(converted) <= len(open_checkpoint(source).tensors) - 8
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def damage_journal(partial: Path) -> None:
+    journal = partial / ".qconvert" / "journal"
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 0x20
+    journal.write_bytes(data[:-3])
+
+
+def no_journal(partial: Path) -> None:
+    (partial / ".qconvert" / "journal").unlink()
+
+
+def empty_journal(partial: Path) -> None:
+    (partial / ".qconvert" / "journal").write_bytes(b"")
+
+
+def another_head(partial: Path) -> None:
+    journal = partial / ".qconvert" / "journal"
+    journal.write_bytes(b"0" + journal.read_bytes()[1:])
+
+
+def short_shard(partial: Path) -> None:
+    shard = next(partial.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def no_shard(partial: Path) -> None:
+    next(partial.glob("*.safetensors")).unlink()
+
+
+def other_bytes(partial: Path) -> None:
+    for shard in partial.glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        for place in range(0, len(data), 997):
+            data[place] ^= 1
+        shard.write_bytes(data)
+
+
+def long_shard(partial: Path) -> None:
+    shard = next(partial.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes() + b"x" * 1000)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_journal,
+        no_journal,
+        empty_journal,
+        another_head,
+        short_shard,
+        no_shard,
+        other_bytes,
+        long_shard,
+    ],
+)
+@pytest.mark.parametrize("changed", [False, True])
+def test_damage_costs_work_and_no_byte(
+    tmp_path: Path, stop_after: Stop, damage: Callable[[Path], None], changed: bool
+) -> None:
+    source = CHECKPOINTS / "llama"
+    asked = recipe(exclude=["model.layers.1.*"]) if changed else recipe()
+    go(source, tmp_path / "whole", asked)
+    with stop_after(9):
+        go(source, tmp_path / "out")
+    damage(tmp_path / "out.partial")
+
+    go(source, tmp_path / "out", asked)
+
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_journal_of_another_version_is_not_trusted(
+    tmp_path: Path, stop_after: Stop, monkeypatch: pytest.MonkeyPatch, converted: list[str]
+) -> None:
+    source = CHECKPOINTS / "llama"
+    with monkeypatch.context() as patch, stop_after(4):
+        patch.setattr("qconvert.planner.__version__", "0.0.1")
+        go(source, tmp_path / "out")
+    converted.clear()
+
+    outcome = go(source, tmp_path / "out")
+
+    assert "was begun with qconvert 0.0.1; starting over" in outcome.notes[0]
+    assert len(converted) == len(open_checkpoint(source).tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda path: os.utime(path, ns=(0, 0)), "was modified"),
+        (lambda path: path.write_bytes(path.read_bytes()), "was modified"),
+        (
+            lambda path: (shutil.copy2(path, f"{path}.new"), os.rename(f"{path}.new", path)),
+            "was replaced",
+        ),
+    ],
+)
+def test_a_source_that_changed_since_is_refused(
+    tmp_path: Path,
+    make: Make,
+    stop_after: Stop,
+    change: Callable[[Path], object],
+    problem: str,
+) -> None:
+    source = make(wide())
+    with stop_after(1):
+        go(source, tmp_path / "out")
+    change(source / "model.safetensors")
+
+    with pytest.raises(ConvertError, match=rf"model.safetensors {problem}; --fresh starts over"):
+        go(source, tmp_path / "out")
+
+    assert (tmp_path / "out.partial").exists()
+    go(source, tmp_path / "out", fresh=True)
+
+
+def test_another_source_under_the_same_output_is_refused(tmp_path: Path, stop_after: Stop) -> None:
+    with stop_after(4):
+        go(CHECKPOINTS / "llama", tmp_path / "out")
+
+    with pytest.raises(ConvertError, match="was begun from other files than these"):
+        go(CHECKPOINTS / "qwen3", tmp_path / "out")
+
+
+def test_a_source_that_changes_while_it_is_converted_is_refused(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(wide())
+    real = units.UnitWorker.convert
+
+    def touched(self: units.UnitWorker, unit: Unit) -> object:
+        done = real(self, unit)
+        with open(source / "model.safetensors", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x01")
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(units.UnitWorker, "convert", touched)
+        with pytest.raises(ConvertError, match="was modified while it was converted"):
+            go(source, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConvertError, match="--fresh starts over"):
+        go(source, tmp_path / "out")
+
+
+def test_a_source_that_changed_after_its_header_was_read_is_refused(
+    tmp_path: Path, make: Make
+) -> None:
+    source = make(wide())
+    checkpoint = open_checkpoint(source)
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"model.norm", b"model.morn"))
+
+    with pytest.raises(ConvertError, match="changed after its header was read"):
+        convert(
+            checkpoint,
+            make_plan(checkpoint, recipe()),
+            tmp_path / "out",
+            statistics=Statistics(),
+            device=resolve("cpu", codecs=["fp8_pb_wo"]),
+            workers=1,
+            budget=BUDGET,
+            watch=lambda progress: None,
+        )
+
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_weight_with_nan_is_refused_again_when_it_was_allowed_before(
+    tmp_path: Path, make: Make, stop_after: Stop
+) -> None:
+    damaged = wide()
+    damaged["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
+    source = make(damaged)
+    with stop_after(1):
+        go(source, tmp_path / "out", recipe(allow_nonfinite=True))
+
+    with pytest.raises(ConvertError, match="1 of 700000 elements are NaN or Inf"):
+        go(source, tmp_path / "out")
+
+
+def test_side_files_of_an_earlier_plan_do_not_stay(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(wide())
+    (source / "notes.txt").write_text("x")
+
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qconvert.output._sync_directories", fail)
+        with pytest.raises(ConvertError, match="Input/output error"):
+            go(source, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "notes.txt").exists()
+
+    go(source, tmp_path / "out", recipe(leave=["notes.txt"]))
+
+    assert not (tmp_path / "out" / "notes.txt").exists()
