@@ -5,8 +5,9 @@
     python benchmarks/ceilings.py write DIR --nbytes 20000000000 --files 21
 
 Prints JSON: GB/s of two runs each. The second counts, for its pages are recycled from the first
-one's. convert_gpu.py runs it as a process of its own, so that pinned memory and the GPU are free
-again before a conversion starts. Buffers are pinned where torch sees a GPU.
+one's; with --fresh there is one, and it keeps what it wrote, so that nobody gets its pages again.
+convert_gpu.py runs it as a process of its own, so that pinned memory and the GPU are free again
+before a conversion starts. Buffers are pinned where torch sees a GPU.
 """
 
 import argparse
@@ -96,8 +97,10 @@ def read_rate(files: list[Path], buffers: list[memoryview]) -> float:
     return rate(work, len(buffers))
 
 
-def write_rate(directory: Path, sizes: list[int], buffers: list[memoryview]) -> float:
-    """Returns how fast threads write new files of these sizes; removes them."""
+def write_rate(
+    directory: Path, sizes: list[int], buffers: list[memoryview], *, keep: bool = False
+) -> float:
+    """Returns how fast threads write new files of these sizes; removes them unless `keep`."""
     folder = directory / "ceiling"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -120,7 +123,8 @@ def write_rate(directory: Path, sizes: list[int], buffers: list[memoryview]) -> 
     try:
         return rate(work, len(buffers))
     finally:
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)
 
 
 def pcie_rates(gpus: int) -> dict[str, list[float]]:
@@ -156,6 +160,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=1, help="write: how many, of equal size")
     parser.add_argument("--gpus", type=int, default=1, help="pcie: how many at once")
     parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument("--fresh", action="store_true", help="write: once, keep the files")
     args = parser.parse_args()
     found: dict[str, object] = {}
     if args.what == "pcie":
@@ -175,7 +180,10 @@ def main() -> int:
             found["read"] = [read_rate(files, buffers) for _ in range(2)]
         else:
             sizes = [args.nbytes // args.files] * args.files
-            found["write"] = [write_rate(args.directory, sizes, buffers) for _ in range(2)]
+            rounds = 1 if args.fresh else 2
+            found["write"] = [
+                write_rate(args.directory, sizes, buffers, keep=args.fresh) for _ in range(rounds)
+            ]
     print(json.dumps(found))
     return 0
 

@@ -5,8 +5,13 @@
 Source and output lie in --work, a tmpfs by choice: the source is layers of a Llama of 70B, as many
 as --gb holds. The ceilings are measured in the same run (ceilings.py): reads and writes by 16
 threads, PCIe each way on as many GPUs as the device names. The ceiling of a conversion is the
-slowest of them for the bytes it moves. Each case first runs once untimed: Triton compiles, memory
-comes from the host. Appends one CSV row per case.
+slowest of them for the bytes it moves; `host_s` is what the same threads need to read and then to
+write, which no conversion by them can be faster than. Appends one CSV row per case.
+
+--pages recycled: each case first runs once untimed, so that Triton compiles and memory comes from
+the host. --pages fresh: one run each, and every output stays until the end of its format, so that
+conversions and the write ceiling all pay for pages that nobody had before; Triton compiles on a
+small checkpoint. It needs memory for the source and, per format, one output more than devices.
 
 Standard library only, on purpose: a child's peak RSS as Linux reports it begins at its parent's.
 """
@@ -23,10 +28,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from processes import HERE, Run, clear, cpu_name, find_command, make_source, nbytes, num_cores, run
+from processes import (
+    HERE,
+    PAGES,
+    Run,
+    clear,
+    cpu_name,
+    find_command,
+    make_source,
+    nbytes,
+    num_cores,
+    run,
+)
 from rows import append, commit
 
 # GB of bf16: what is not in layers, and a layer
@@ -59,6 +75,8 @@ class Row:
     ceiling_s: float
     bound: str
     share_of_ceiling: float
+    host_s: float
+    share_of_host: float
     source_gb_per_s: float
     projected_70b_s: float
     projected_671b_s: float
@@ -117,7 +135,7 @@ def ceilings(*words: str) -> dict[str, str]:
     # torch may have warned before
     found = json.loads(text.splitlines()[-1])
     print("ceilings", *words, found, flush=True)
-    return {name: str(v[1] if isinstance(v, list) else v) for name, v in found.items()}
+    return {name: str(v[-1] if isinstance(v, list) else v) for name, v in found.items()}
 
 
 @contextmanager
@@ -138,14 +156,16 @@ def gpu_memory(case: Case) -> Iterator[None]:
             case.gpu_peak_mib = max(map(int, re.findall(rb"\d+", log.read())), default=None)
 
 
-def run_case(case: Case, source: Path, args: argparse.Namespace) -> Run:
-    """Returns one run of the command, which is added to `case`."""
-    out_dir, file = args.work / "out", args.work / "timings.json"
+def run_case(case: Case, source: Path, args: argparse.Namespace, *, keep: str = "") -> Run:
+    """Returns one run of the command, which is added to `case`; the output stays under `keep`."""
+    out_dir, file = args.work / (keep or "out"), args.work / "timings.json"
     argv = [*args.command, str(source), str(out_dir), "--algo", case.algo, "--device", case.device]
     argv += ["--memory-budget", args.memory_budget, "--timings", str(file), "-q"]
     # else the kernel writes back older files during this run
     os.sync()
-    done = run(argv, out_dir)
+    done = run(argv, None if keep else out_dir)
+    if keep:
+        done = replace(done, output_nbytes=nbytes(out_dir))
     said = json.loads(file.read_text())
     file.unlink()
     stages = {stage["stage"]: round(stage["seconds"], 2) for stage in said["stages"]}
@@ -158,10 +178,34 @@ def run_case(case: Case, source: Path, args: argparse.Namespace) -> Run:
     return done
 
 
+def measure_fresh(
+    algo: str, devices: list[str], source: Path, args: argparse.Namespace
+) -> tuple[list[Case], float]:
+    """Returns the cases of a format and GB/s of plain writes, on pages that nobody had before."""
+    small = make_source(args.work / "small", "--shape", "bench", "--layers", "1")
+    cases = [Case(algo, device) for device in devices]
+    for case in cases:
+        run_case(case, small, args)
+        case.runs.clear()
+        case.timings.clear()
+    kept = [f"{algo}-{number}" for number in range(len(cases))]
+    for case, name in zip(cases, kept, strict=True):
+        with gpu_memory(case):
+            run_case(case, source, args, keep=name)
+    sizes = ["--nbytes", str(cases[0].runs[0].output_nbytes), "--files", str(num_shards(source))]
+    work = args.work / f"{algo}-plain"
+    write = ceilings("write", str(work), *sizes, "--threads", str(args.threads), "--fresh")["write"]
+    for path in (work, *(args.work / name for name in kept)):
+        shutil.rmtree(path)
+    return cases, float(write)
+
+
 def measure(
     algo: str, devices: list[str], source: Path, args: argparse.Namespace
 ) -> tuple[list[Case], float]:
     """Returns the cases of a format, and GB/s of plain writes of as many bytes and files."""
+    if args.pages == "fresh":
+        return measure_fresh(algo, devices, source, args)
     clear(args.work / "out")
     cases = [Case(algo, device) for device in devices]
     output_nbytes = 0
@@ -200,11 +244,12 @@ def to_row(
     if pcie:
         floors |= {"h2d": source_gb / float(pcie["h2d"]), "d2h": output_gb / float(pcie["d2h"])}
     bound = max(floors, key=lambda name: floors[name])
+    host_s = floors["read"] + floors["write"]
     per_s = source_gb / stream_s
     return Row(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         commit=commit(),
-        case=f"{source.name} {case.algo} budget={args.memory_budget}",
+        case=f"{source.name} {case.algo} {args.pages} budget={args.memory_budget}",
         device=case.device,
         gpus=int(pcie.get("used", 0)),
         gpu=pcie.get("gpu", ""),
@@ -220,6 +265,8 @@ def to_row(
         ceiling_s=round(floors[bound], 3),
         bound=bound,
         share_of_ceiling=round(floors[bound] / stream_s, 3),
+        host_s=round(host_s, 3),
+        share_of_host=round(host_s / stream_s, 3),
         source_gb_per_s=round(per_s, 2),
         projected_70b_s=round(wall_s - stream_s + GB_70B / per_s, 1),
         projected_671b_s=round(wall_s - stream_s + GB_671B / per_s, 1),
@@ -259,6 +306,7 @@ def main() -> int:
     parser.add_argument("--devices", nargs="+", default=["cpu", "cuda:0", "cuda"])
     parser.add_argument("--algos", nargs="+", default=["FP8_PB_WO", "W4A16_NVFP4"])
     parser.add_argument("--memory-budget", default="4GiB")
+    parser.add_argument("--pages", choices=PAGES, default="recycled")
     parser.add_argument("--threads", type=int, default=16, help="of the ceilings; default: 16")
     parser.add_argument(
         "--command",

@@ -28,10 +28,15 @@ python3 hatch_build.py || status=1
 step kernels "parity" python3 -m pytest -q -p no:cacheprovider -k "triton or gpu" \
     tests/kernels tests/convert/test_gpu.py
 step kernels "kernel speed" python3 benchmarks/kernels_gpu.py --csv "$out/kernels_gpu.csv"
-step conversion "conversion" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert \
-    --devices cpu cuda:0 --csv "$out/convert_gpu.csv"
-step multi "conversion on all GPUs" python3 benchmarks/convert_gpu.py --work /dev/shm/qconvert \
-    --devices cuda:0 cuda --csv "$out/convert_gpu.csv"
+# first, while most of the machine's memory was never used
+step conversion "conversion, fresh pages" python3 benchmarks/convert_gpu.py --gb 30 --pages fresh \
+    --work /dev/shm/qconvert --devices cpu cuda:0 --algos FP8_PB_WO --csv "$out/convert_gpu.csv"
+step conversion "conversion, recycled pages" python3 benchmarks/convert_gpu.py --gb 30 --rounds 2 \
+    --work /dev/shm/qconvert --devices cpu cuda:0 --csv "$out/convert_gpu.csv"
+step multi "several GPUs give the same bytes" python3 -m pytest -q -p no:cacheprovider \
+    tests/convert/test_gpu.py -k several
+step multi "conversion on all GPUs" python3 benchmarks/convert_gpu.py --gb 30 --rounds 2 \
+    --work /dev/shm/qconvert --devices cuda:0 cuda --csv "$out/convert_gpu.csv"
 rm -rf /dev/shm/qconvert
 step engine "vLLM" python3 validate/evidence/collect.py "$out" --python "$vllm" --device cpu -j 10
 exit $status

@@ -22,13 +22,19 @@ def amax_torch(w: Tensor) -> Tensor:
 
 def amax_triton(w: Tensor) -> Tensor:
     """The same as amax_torch, by a Triton kernel, on the device of w."""
+    flat_EM = w.detach().contiguous().view(prod(w.shape[:-2]), w.shape[-2] * w.shape[-1])
+    amax_E = torch.empty(flat_EM.shape[0], dtype=torch.float32, device=w.device)
+    amax_into_triton(flat_EM, amax_E)
+    return amax_E.view(w.shape[:-2])
+
+
+def amax_into_triton(flat_EM: Tensor, amax_E: Tensor) -> None:
+    """None, after writing the amax of each row of flat_EM, contiguous, to amax_E, f32."""
     from qkernels import _triton_amax
 
-    flat_EM = w.detach().contiguous().view(prod(w.shape[:-2]), w.shape[-2] * w.shape[-1])
-    amax_E = torch.zeros(flat_EM.shape[0], dtype=torch.float32, device=w.device)
+    amax_E.zero_()
     if flat_EM.numel():
         _triton_amax.amax(flat_EM, amax_E)
-    return amax_E.view(w.shape[:-2])
 
 
 def amax_native(w: Tensor) -> Tensor:

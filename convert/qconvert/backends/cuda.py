@@ -10,13 +10,13 @@ import mmap
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from qconvert.backends import Task, address
+from qconvert.backends import address
 from qconvert.backends.mirror import MirrorBackend
 from qconvert.errors import ConvertError, human
 
@@ -24,10 +24,7 @@ from qconvert.errors import ConvertError, human
 # compiled by one worker while the others wait, not by each of them.
 _LAUNCHING = threading.Lock()
 # the shapes of a model's weights, whole slices and last ones
-_MOST_GRAPHS = 16
-
-# what decides the steps of a slice: codec, dtype, rows, columns, stored transposed, place
-_Shape: TypeAlias = tuple[str, str, int, int, bool, int]
+_MOST_GRAPHS = 32
 
 
 def check_torch(num_gpus: int) -> None:
@@ -49,7 +46,7 @@ class CudaBackend(MirrorBackend):
         # else a core spins for every worker that waits
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         # None: seen once, so all its kernels are compiled and loaded
-        self._graphs: OrderedDict[_Shape, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()
 
     def _page_locked(self, nbytes: int) -> memoryview:
         """Return anonymous memory that CUDA has locked; torch's pinned memory is a power of two."""
@@ -67,30 +64,27 @@ class CudaBackend(MirrorBackend):
         weakref.finalize(self, _unlock, self._stream, start, mapping).atexit = False
         return view
 
-    def _run(self, task: Task) -> None:
-        codec, place = task.declared.codec, self._place(task.source).start
-        shape = (codec, task.dtype, task.rows, task.columns, task.transposed, place)
-        if shape not in self._graphs:
-            super()._run(task)
-            self._graphs[shape] = None
+    def _run(self, steps_of: Hashable, steps: Callable[[], None]) -> None:
+        if steps_of not in self._graphs:
+            super()._run(steps_of, steps)
+            self._graphs[steps_of] = None
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
             return
-        self._graphs.move_to_end(shape)
-        graph = self._graphs[shape] or self._capture(task, shape)
+        self._graphs.move_to_end(steps_of)
+        graph = self._graphs[steps_of] = self._graphs[steps_of] or self._captured(steps)
         with torch.cuda.stream(self._stream):
             graph.replay()
 
-    def _capture(self, task: Task, shape: _Shape) -> torch.cuda.CUDAGraph:
+    def _captured(self, steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with self._queue():
             # other threads go on with what a capture may not do
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._steps(task)
+                steps()
             finally:
                 graph.capture_end()
-        self._graphs[shape] = graph
         return graph
 
     @contextmanager

@@ -7,15 +7,16 @@ mirrors; the workers overlap by themselves.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from qconvert.backends import Counts, Task, address
-from qconvert.backends.torch_cpu import DTYPES, amax, count_nonfinite
-from qkernels import kernels_for, native
-from qkernels.amax import amax_triton
+from qconvert.backends.torch_cpu import DTYPES, count_nonfinite
+from qkernels import kernels_for
+from qkernels.amax import amax_into_triton
 from qkernels.stats import RowStats
 
 _ALIGN = 64
@@ -63,24 +64,18 @@ class MirrorBackend(ABC):
     def quantize(self, task: Task) -> Counts:
         """Encode on the device; returns when the outputs are in host memory."""
         self._host[self._number].view(torch.float32).fill_(task.global_scale)
-        self._run(task)
+        codec, start = task.declared.codec, self._place(task.source).start
+        shape = (codec, task.dtype, task.rows, task.columns, task.transposed, start)
+        self._run(shape, lambda: self._quantize(task))
         self._wait()
         num_nonfinite, num_saturated = self._host[self._counts].view(torch.int64).tolist()
         return Counts(num_nonfinite, num_saturated)
 
     def amax(self, source: memoryview, *, dtype: str) -> float:
-        """Return the largest finite magnitude of host memory.
-
-        On the host where native code does it, faster than files are read: the slice need not cross
-        the bus for a single number.
-        """
-        if native.available():
-            return amax(source, dtype=dtype)
-        with self._queue():
-            self._copy_in(source)
-            largest = amax_triton(self._mirrored(source, DTYPES[dtype], (1, -1)))
-            self._mirror[self._number].view(torch.float32).copy_(largest)
-            self._copy_back(self._number)
+        """Return the largest finite magnitude, found on the device: the host has enough to do."""
+        if not source:
+            return 0.0
+        self._run(("amax", dtype, len(source), self._place(source).start), lambda: self._amax(source, DTYPES[dtype]))
         self._wait()
         return float(self._host[self._number].view(torch.float32))
 
@@ -88,13 +83,18 @@ class MirrorBackend(ABC):
         """Return how many elements are NaN or Inf; of kept tensors, which never leave the host."""
         return count_nonfinite(source, dtype=dtype)
 
-    def _run(self, task: Task) -> None:
-        """Queue all that becomes of a slice."""
+    def _run(self, steps_of: Hashable, steps: Callable[[], None]) -> None:
+        """Queue `steps`: the same ones at the same addresses whenever `steps_of` is the same."""
         with self._queue():
-            self._steps(task)
+            steps()
 
-    def _steps(self, task: Task) -> None:
-        """Copy in, encode, copy back: the same steps at the same addresses for slices alike."""
+    def _amax(self, source: memoryview, dtype: torch.dtype) -> None:
+        self._copy_in(source)
+        largest = self._mirror[self._number].view(torch.float32)
+        amax_into_triton(self._mirrored(source, dtype, (1, -1)), largest)
+        self._copy_back(self._number)
+
+    def _quantize(self, task: Task) -> None:
         self._encode(task)
         written = map(self._place, (*task.outputs, task.err2, task.ref2))
         for part in joined([*written, self._counts]):
