@@ -8,6 +8,7 @@ from qschema.timings import Stage, StageTime, Timings
 
 _ADVICE: dict[Stage, str] = {
     "plan": "headers and JSON, before the first weight",
+    "start": "contexts of the devices and buffers, before the first weight",
     "read": "the source's disk sets the pace",
     "encode": "arithmetic sets the pace: more cores, or a GPU, would help",
     "digest": "the digests set the pace: more cores would help",

@@ -146,6 +146,9 @@ def run(
             opened.close()
     if shared.errors:
         raise shared.errors[0]
+    for clock in shared.clocks:
+        # for the others to end
+        clock.lap("wait")
     return Done(
         units=shared.results,
         stages=total(shared.clocks),
@@ -180,6 +183,8 @@ def fitting_workers(plan: Plan, *, wanted: int, budget: int, device_factor: floa
 
 
 def _work(shared: _Shared, device: Device, nbytes: int, slot: int) -> None:
+    clock = Clock()
+    shared.clocks.append(clock)
     try:
         progress = shared.progress
 
@@ -188,8 +193,8 @@ def _work(shared: _Shared, device: Device, nbytes: int, slot: int) -> None:
             if shared.stop.is_set():
                 raise _StoppedError
 
-        worker = UnitWorker(shared.context, device.make(slot), nbytes, advance)
-        shared.clocks.append(worker.clock)
+        worker = UnitWorker(shared.context, device.make(slot), nbytes, clock=clock, advance=advance)
+        clock.lap("start")
         while not shared.stop.is_set() and (job := shared.schedule.take(slot)) is not None:
             _do(shared, worker, job, slot)
     except BaseException as error:

@@ -8,7 +8,16 @@ from time import perf_counter
 from qschema.timings import Stage, StageTime
 
 # in the order in which a slice meets them
-STAGES: tuple[Stage, ...] = ("plan", "wait", "read", "encode", "digest", "write", "sync")
+STAGES: tuple[Stage, ...] = (
+    "plan",
+    "start",
+    "read",
+    "encode",
+    "digest",
+    "write",
+    "sync",
+    "wait",
+)
 
 
 @dataclass

@@ -34,7 +34,7 @@ COPY_NBYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Context:
-    """What all units of a conversion share. `advance` is told of source bytes that are done."""
+    """What all units of a conversion share."""
 
     reader: Reader
     writer: Writer
@@ -91,16 +91,25 @@ def least_nbytes(step: Step) -> int:
 
 
 class UnitWorker:
-    """One worker: a backend, its buffer of `nbytes`, and a clock of where its time goes."""
+    """One worker: a backend, its buffer of `nbytes`, and a clock of where its time goes.
+
+    `advance` is told of source bytes that are done, and may raise to stop the worker.
+    """
 
     def __init__(
-        self, context: Context, backend: Backend, nbytes: int, advance: Callable[[int], None]
+        self,
+        context: Context,
+        backend: Backend,
+        nbytes: int,
+        *,
+        clock: Clock,
+        advance: Callable[[int], None],
     ) -> None:
         self._shared = context
         self._backend = backend
         self._advance = advance
         self._buffer = backend.allocate(max(8, nbytes))
-        self.clock = Clock()
+        self.clock = clock
 
     def convert(self, unit: Unit) -> tuple[StepDone, ...]:
         """Write the outputs of `unit` and return what came of its steps."""

@@ -11,7 +11,8 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ _MOST_GRAPHS = 32
 
 def check_torch(num_gpus: int) -> None:
     """Raise ConvertError if this torch sees fewer than the `num_gpus` that the machine has."""
+    # takes long, and else the first launch would have all workers wait for it
+    import_module("triton.language")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen < num_gpus:
         raise ConvertError(
@@ -51,6 +54,9 @@ class CudaBackend(MirrorBackend):
     def _page_locked(self, nbytes: int) -> memoryview:
         """Return anonymous memory that CUDA has locked; torch's pinned memory is a power of two."""
         mapping = mmap.mmap(-1, nbytes)
+        # fewer pages to take and to lock; a hint
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(mapping)
         start = address(view)
         with torch.cuda.device(self._device):

@@ -75,7 +75,10 @@ class MirrorBackend(ABC):
         """Return the largest finite magnitude, found on the device: the host has enough to do."""
         if not source:
             return 0.0
-        self._run(("amax", dtype, len(source), self._place(source).start), lambda: self._amax(source, DTYPES[dtype]))
+        self._run(
+            ("amax", dtype, len(source), self._place(source).start),
+            lambda: self._amax(source, DTYPES[dtype]),
+        )
         self._wait()
         return float(self._host[self._number].view(torch.float32))
 
