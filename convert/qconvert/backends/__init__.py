@@ -125,7 +125,7 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
         return Device(
             ",".join(names),
             # a worker reads, hashes and writes, most of its time; each GPU needs one at least
-            max(len(names), min(16, _num_cores())),
+            max(len(names), min(16 * len(names), _num_cores())),
             lambda slot: CudaBackend(names[slot % len(names)]),
             device_factor=CudaBackend.device_factor,
             num_gpus=len(names),
