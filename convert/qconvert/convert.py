@@ -1,10 +1,8 @@
 """A conversion from end to end: weights, side files, documents, and the rename at the end."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
@@ -18,21 +16,21 @@ from qconvert.files import (
     disk_full,
     identify,
     named,
+    vector_files,
     write_file,
 )
+from qconvert.finished import check_finished
 from qconvert.gates import check_gates
-from qconvert.journal import StepDone, header_of
+from qconvert.journal import header_of
 from qconvert.output import (
     Partial,
     check_paths,
     check_space,
-    forget,
     partial_directory,
-    partial_path,
 )
 from qconvert.pipeline import Progress, run
-from qconvert.reports import report_bytes, reports_of
-from qconvert.side_files import CONFIG, QUANT_CONFIG, REPORT
+from qconvert.reports import report_bytes, report_head, reports_of
+from qconvert.side_files import REPORT
 from qconvert.smoothing import Vectors
 from qconvert.statistics import Statistics
 from qschema.checkpoint import Checkpoint
@@ -40,10 +38,11 @@ from qschema.plan import Plan
 from qschema.report import Report
 from qschema.timings import StageTime, Timings
 
-# room for JSON, directories and the file system's own books
+# room for directories and the file system's own books
 SLACK_NBYTES = 16 << 20
-# the report's field that grows with the model; no string in JSON can hold this text
-_TENSORS = '"tensors": ['
+# of report, journal and index, beside the names: per step, and per tensor that is written
+_STEP_NBYTES, _OUTPUT_NBYTES = 768, 512
+_NAMES_NBYTES = 4
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,12 @@ def convert(
     """
     begin = perf_counter()
     check_paths(checkpoint.path, output, known=REPORT)
+    digest = plan.sha256()
 
     def outcome(stages: list[StageTime], reused: int, notes: list[str], done: bool) -> Outcome:
         timings = Timings(
             tool=plan.tool,
-            plan_sha256=plan.sha256(),
+            plan_sha256=digest,
             device=device.name,
             workers=workers,
             memory_budget=budget,
@@ -92,14 +92,15 @@ def convert(
             reused_nbytes=reused,
             peak_rss_nbytes=_peak_rss(),
         )
-        return Outcome(report_head(plan), timings, notes, done)
+        return Outcome(report_head(plan, digest), timings, notes, done)
 
     if output.is_dir() and any(output.iterdir()):
-        _check_finished(plan, output)
+        check_finished(checkpoint, plan, digest, output)
         return outcome([], 0, [f"{output}: is complete already; nothing was done"], True)
+    partial = None
     try:
-        source = identify(checkpoint)
-        with partial_directory(output, header_of(plan, source), fresh=fresh) as partial:
+        source, vectors = identify(checkpoint), vector_files(statistics)
+        with partial_directory(output, header_of(plan, digest, source), fresh=fresh) as partial:
             check_space(output, needed_nbytes(plan) - partial.allocated_nbytes)
             done = run(
                 plan,
@@ -113,50 +114,37 @@ def convert(
                 budget=budget,
                 watch=watch,
             )
+            ended = perf_counter()
             check_unchanged(checkpoint.path, source)
+            if vector_files(statistics) != vectors:
+                raise ConvertError(
+                    f"{', '.join(map(str, vectors))}: changed while it was used; start again with "
+                    "--fresh when nobody writes to it"
+                )
             if plan.recipe.fail_if:
                 check_gates(plan.recipe.fail_if, list(reports_of(plan, done.units)))
-            _write_side_files(checkpoint, plan, done.units, partial.path)
+            tensors = reports_of(plan, done.units)
+            report = report_bytes(report_head(plan, digest), tensors)
+            _write_side_files(checkpoint, plan, report, partial.path)
     except ConvertError as error:
-        error.kept = _kept(output)
+        error.kept = _kept(partial)
         raise
     except OSError as error:
-        raise _explained(error, plan, output) from None
-    return outcome(done.stages, done.reused_nbytes, _notes(partial, done.reused_nbytes), False)
+        raise _explained(error, plan, output, _kept(partial)) from None
+    finish = StageTime(stage="finish", seconds=round(perf_counter() - ended, 6), nbytes=0)
+    notes = _notes(partial, done.reused_nbytes)
+    return outcome([*done.stages, finish], done.reused_nbytes, notes, False)
 
 
 def needed_nbytes(plan: Plan) -> int:
-    """Return the disk that the output takes: shards, copied files, and room for the JSON."""
+    """Return the disk that a run takes: shards, copied files, report, journal, index, and slack."""
     copied = sum(side.nbytes or 0 for side in plan.side_files if side.action == "copy")
-    return plan.output_nbytes() + copied + SLACK_NBYTES
-
-
-def report_head(plan: Plan) -> Report:
-    """Return the provenance document of a conversion, without its tensors."""
-    return Report(
-        tool=plan.tool,
-        recipe=plan.recipe,
-        source=plan.source,
-        plan_sha256=plan.sha256(),
-        bits_per_quantized_weight=effective_bits(plan, quantized_only=True),
-        bits_per_weight=effective_bits(plan, quantized_only=False),
-        tensors=[],
-        side_files=plan.side_files,
-        notes=plan.notes,
-    )
-
-
-def effective_bits(plan: Plan, *, quantized_only: bool) -> float:
-    """Return stored bits per source element, scales included, to four decimals.
-
-    A tensor that is dropped has no part in it.
-    """
-    steps = [
-        step for step in plan.steps if step.algo or (not quantized_only and step.action != "drop")
-    ]
-    elements = sum(prod(step.source.shape) for step in steps)
-    stored = sum(span.nbytes for step in steps for span in step.outputs)
-    return round(8 * stored / elements, 4) if elements else 0.0
+    books = 0
+    for step in plan.steps:
+        names = [step.source.name, step.reason, *(output.name for output in step.outputs)]
+        books += _STEP_NBYTES + _OUTPUT_NBYTES * len(step.outputs)
+        books += _NAMES_NBYTES * sum(map(len, names))
+    return plan.output_nbytes() + copied + books + SLACK_NBYTES
 
 
 def _notes(partial: Partial, reused_nbytes: int) -> list[str]:
@@ -166,12 +154,11 @@ def _notes(partial: Partial, reused_nbytes: int) -> list[str]:
     return [*partial.notes, taken]
 
 
-def _kept(output: Path) -> Path | None:
-    path = partial_path(output)
-    return path if path.exists() else None
+def _kept(partial: Partial | None) -> Path | None:
+    return partial.path if partial is not None and partial.path.exists() else None
 
 
-def _explained(error: OSError, plan: Plan, output: Path) -> ConvertError:
+def _explained(error: OSError, plan: Plan, output: Path, kept: Path | None) -> ConvertError:
     where = error.filename or output
     if disk_full(error):
         found = ConvertError(
@@ -179,37 +166,8 @@ def _explained(error: OSError, plan: Plan, output: Path) -> ConvertError:
         )
     else:
         found = ConvertError(f"{where}: {os.strerror(error.errno) if error.errno else error}")
-    found.kept = _kept(output)
+    found.kept = kept
     return found
-
-
-def _check_finished(plan: Plan, output: Path) -> None:
-    """Raise ConvertError unless `output` is what `plan` makes, file by file and by size."""
-    taken = ConvertError(f"{output}: exists and is not empty; nothing is overwritten")
-    head = ""
-    with open(output / REPORT, encoding="utf-8", errors="replace") as file:
-        while _TENSORS not in head and (more := file.read(1 << 20)):
-            head += more
-    try:
-        found = json.loads(head.partition(_TENSORS)[0] + _TENSORS + "]}")
-    except ValueError:
-        raise taken from None
-    if not isinstance(found, dict) or found.get("plan_sha256") != plan.sha256():
-        raise taken
-    expected: dict[str, int | None] = {shard.file: shard.nbytes for shard in plan.shards}
-    expected |= {
-        side.file: side.nbytes if side.action == "copy" else None
-        for side in plan.side_files
-        if side.action != "leave"
-    }
-    for name, nbytes in expected.items():
-        path = output / name
-        if not path.is_file() or (nbytes is not None and path.stat().st_size != nbytes):
-            raise ConvertError(
-                f"{path}: {output} is the result of this conversion, but this file is not as it "
-                "was; remove the directory to convert again"
-            )
-    forget(output)
 
 
 def _peak_rss() -> int:
@@ -222,17 +180,9 @@ def _peak_rss() -> int:
 
 
 def _write_side_files(
-    checkpoint: Checkpoint, plan: Plan, done: list[tuple[StepDone, ...]], partial: Path
+    checkpoint: Checkpoint, plan: Plan, report: Iterable[bytes], partial: Path
 ) -> None:
-    made: dict[str, Callable[[], Iterable[bytes]]] = {
-        CONFIG: lambda: [documents.dump(documents.config(checkpoint.config, plan))],
-        QUANT_CONFIG: lambda: [documents.dump(documents.hf_quant_config(plan))],
-        REPORT: lambda: report_bytes(report_head(plan), reports_of(plan, done)),
-    }
-    if checkpoint.index is not None:
-        made[checkpoint.index] = lambda: [
-            documents.dump(documents.index(checkpoint.index_metadata, plan))
-        ]
+    made = documents.files(checkpoint, plan)
     for side in plan.side_files:
         path = partial / side.file
         if side.action == "copy":
@@ -245,4 +195,4 @@ def _write_side_files(
                     f"was planned and has {nbytes} now; start again when nobody writes to it"
                 )
         elif side.action == "write":
-            write_file(path, made[side.file]())
+            write_file(path, report if side.file == REPORT else [made[side.file]()])

@@ -5,8 +5,10 @@ key order included. vLLM obeys config.json's quantization_config, the file only 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from qconvert.side_files import CONFIG, QUANT_CONFIG
+from qschema.checkpoint import Checkpoint
 from qschema.formats import find
 from qschema.plan import Plan
 from qschema.strict import Json
@@ -14,6 +16,17 @@ from qschema.strict import Json
 # names the layout, not the tool: engines take the file for ModelOpt's only under this name, and
 # the version says which ModelOpt's layout it is. Who really wrote it stands in qconvert_report.json
 PRODUCER: dict[str, Json] = {"name": "modelopt", "version": "0.47.0"}
+
+
+def files(checkpoint: Checkpoint, plan: Plan) -> dict[str, Callable[[], bytes]]:
+    """Return file name -> what makes its bytes, for every file that follows from the plan."""
+    made: dict[str, Callable[[], bytes]] = {
+        CONFIG: lambda: dump(config(checkpoint.config, plan)),
+        QUANT_CONFIG: lambda: dump(hf_quant_config(plan)),
+    }
+    if checkpoint.index is not None:
+        made[checkpoint.index] = lambda: dump(index(checkpoint.index_metadata, plan))
+    return made
 
 
 def hf_quant_config(plan: Plan) -> dict[str, Json]:

@@ -10,11 +10,13 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from qconvert.errors import ConvertError
 from qconvert.journal import SourceFile
+from qconvert.statistics import Statistics
 from qconvert.writeback import start_writeback
 from qschema.checkpoint import Checkpoint
 from qschema.plan import Plan, Step
@@ -165,9 +167,15 @@ class Writer(_Open):
             os.close(descriptor)
 
     def _finish(self, file: str, descriptor: int) -> None:
+        path = self.folder / file
         try:
-            with named(self.folder / file):
+            with named(path):
                 os.fsync(descriptor)
+        except OSError:
+            # what is in the page cache may never reach the disk: nobody shall take it over
+            with suppress(OSError):
+                path.unlink()
+            raise
         finally:
             os.close(descriptor)
 
@@ -203,6 +211,12 @@ def check_unchanged(folder: Path, source: Iterable[SourceFile]) -> None:
             )
 
 
+def vector_files(statistics: Statistics) -> dict[Path, SourceFile]:
+    """Return the state of the files that hold the vectors of `statistics`."""
+    files = {stored.file for stored in statistics.vectors.values()}
+    return {file: _state(file.name, os.stat(file)) for file in files}
+
+
 def difference(known: SourceFile, state: SourceFile) -> str:
     """Return in words how a source file differs from what it was."""
     if known.nbytes != state.nbytes:
@@ -211,7 +225,7 @@ def difference(known: SourceFile, state: SourceFile) -> str:
 
 
 def _state(file: str, status: os.stat_result) -> SourceFile:
-    return SourceFile(file, status.st_size, status.st_mtime_ns, status.st_ino)
+    return SourceFile(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @contextmanager
@@ -226,7 +240,7 @@ def named(path: Path) -> Iterator[None]:
 def copy_file(source: Path, path: Path) -> None:
     """Copy the bytes of a file, not its mode, and flush them to disk; shares blocks if it can."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb", buffering=0) as reader, open(path, "wb", buffering=0) as writer:
+    with open(source, "rb", buffering=0) as reader, _new(path) as writer:
         with named(source):
             nbytes = os.fstat(reader.fileno()).st_size
         with named(path):
@@ -241,12 +255,18 @@ def copy_file(source: Path, path: Path) -> None:
 def write_file(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file of `pieces` and flush it to disk; parents are made, modes follow the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with named(path), open(path, "wb", buffering=0) as file:
+    with named(path), _new(path) as file:
         position = 0
         for piece in pieces:
             _write_all(file.fileno(), memoryview(piece), position)
             position += len(piece)
         os.fsync(file.fileno())
+
+
+def _new(path: Path) -> FileIO:
+    """Return a file to write, emptied if it is there; never the one that a link names."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    return FileIO(path, "w", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 def _copy_range(source: int, target: int, nbytes: int, offset: int, to: int) -> bool:

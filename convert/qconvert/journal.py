@@ -2,8 +2,8 @@
 
 Lines of `<blake3 of the rest, 16 hex digits> <JSON>`: a header, then one record per finished unit,
 appended after its bytes were handed to the kernel. A record promises nothing about the disk: who
-goes on from it reads the bytes again and compares (`units.UnitWorker.take_over`), so a torn, stale
-or forged journal can cost work but not correctness. A damaged line counts as not written.
+goes on from it reads the bytes again and compares (`units.UnitWorker.take_over`), so a torn or
+stale journal can cost work but not correctness. A damaged line counts as not written.
 
 A unit is known by `unit_key`: everything that decides its bytes, nothing of where they go, so that
 its bytes can be taken over under a changed plan too.
@@ -32,17 +32,27 @@ class SourceFile:
     file: str
     nbytes: int
     mtime_ns: int
+    # moves when bytes, links, owner or mode change, and can't be set back
+    ctime_ns: int
     inode: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the records of a journal hold for; other values, other bytes."""
+    """What the records of a journal hold for; other values, other bytes. And what it writes."""
 
     tool: str
     plan: str
     vectors: str | None
     source: tuple[SourceFile, ...]
+    # names of the shards and of the files beside them
+    shards: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def agrees(self, other: "Header") -> bool:
+        """Return whether the same unit has the same bytes under both."""
+        mine, theirs = ((header.tool, header.vectors, header.source) for header in (self, other))
+        return mine == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +75,16 @@ class Record:
     places: tuple[tuple[tuple[str, int], ...], ...]
 
 
-def header_of(plan: Plan, source: Iterable[SourceFile]) -> Header:
-    """Return the header of a conversion by `plan`."""
-    return Header(plan.tool.version, plan.sha256(), plan.vectors, tuple(source))
+def header_of(plan: Plan, digest: str, source: Iterable[SourceFile]) -> Header:
+    """Return the header of a conversion by `plan`, whose digest is given."""
+    return Header(
+        tool=plan.tool.version,
+        plan=digest,
+        vectors=plan.vectors,
+        source=tuple(source),
+        shards=tuple(shard.file for shard in plan.shards),
+        others=tuple(side.file for side in plan.side_files if side.action != "leave"),
+    )
 
 
 def unit_key(unit: Unit, *, digest: str) -> str:
@@ -149,7 +166,8 @@ def read_journal(path: Path) -> tuple[Header | None, dict[str, Record]]:
     records = {}
     try:
         source = tuple(SourceFile(**entry) for entry in head.pop("source"))
-        header = Header(source=source, **head)
+        shards, others = tuple(head.pop("shards")), tuple(head.pop("others"))
+        header = Header(source=source, shards=shards, others=others, **head)
         for line in lines[1:]:
             found = _parsed(line)
             if found is not None:

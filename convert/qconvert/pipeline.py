@@ -95,7 +95,6 @@ def run(
     )
     reader = Reader(source, Counter(step.source.file for step in plan.steps))
     writer = Writer(plan, output)
-    earlier = [(Reader(folder, Counter()), records) for folder, records in before]
     shared = _Shared(
         schedule=Schedule(jobs),
         context=Context(
@@ -107,8 +106,8 @@ def run(
         ),
         journal=journal,
         before={
-            key: Before(record, opened)
-            for opened, records in earlier
+            key: Before(record, folder)
+            for folder, records in before
             for key, record in records.items()
         },
         progress=Progress([0] * workers, sum(job.nbytes for job in jobs)),
@@ -142,8 +141,7 @@ def run(
             if thread.ident is not None:
                 thread.join()
         writer.close()
-        for opened in (reader, *(old for old, _ in earlier)):
-            opened.close()
+        reader.close()
     if shared.errors:
         raise shared.errors[0]
     for clock in shared.clocks:
@@ -208,15 +206,14 @@ def _do(shared: _Shared, worker: UnitWorker, job: Job, slot: int) -> None:
     unit, before = job.unit, None
     if shared.before:
         before = shared.before.get(unit_key(unit, digest=shared.context.digest))
-    worker.clock.lap("plan")
     if before is not None and worker.take_over(unit, before):
         done = before.record.steps
-        shared.reused[slot] += job.nbytes
+        shared.reused[slot] += sum(step.source.nbytes for step in unit.steps)
     else:
         done = worker.convert(unit)
     shared.results[job.place] = done
     shared.journal.append(record_of(unit, done, digest=shared.context.digest))
-    worker.clock.lap("plan")
+    worker.clock.lap("write")
     worker.finish(unit)
 
 

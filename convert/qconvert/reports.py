@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from math import prod
 
 from qconvert.journal import StepDone
 from qschema.plan import Plan, Step
@@ -36,16 +37,51 @@ def report_of(step: Step, done: StepDone) -> TensorReport:
     )
 
 
+def report_head(plan: Plan, digest: str) -> Report:
+    """Return the provenance of a conversion without its tensors; `digest` is the plan's."""
+    return Report(
+        tool=plan.tool,
+        recipe=plan.recipe,
+        source=plan.source,
+        plan_sha256=digest,
+        bits_per_quantized_weight=effective_bits(plan, quantized_only=True),
+        bits_per_weight=effective_bits(plan, quantized_only=False),
+        tensors=[],
+        side_files=plan.side_files,
+        notes=plan.notes,
+    )
+
+
+def effective_bits(plan: Plan, *, quantized_only: bool) -> float:
+    """Return stored bits per source element, scales included, to four decimals.
+
+    A tensor that is dropped has no part in it.
+    """
+    steps = [
+        step for step in plan.steps if step.algo or (not quantized_only and step.action != "drop")
+    ]
+    elements = sum(prod(step.source.shape) for step in steps)
+    stored = sum(span.nbytes for step in steps for span in step.outputs)
+    return round(8 * stored / elements, 4) if elements else 0.0
+
+
+def around_tensors(head: Report) -> tuple[bytes, bytes]:
+    """Return what stands before and after the tensors in the report that begins with `head`."""
+    # no string in JSON can hold this text
+    before, after = head.model_dump_json(indent=1).split('"tensors": []', 1)
+    return f'{before}"tensors": ['.encode(), f"]{after}\n".encode()
+
+
 def report_bytes(head: Report, tensors: Iterable[TensorReport]) -> Iterator[bytes]:
     """Yield the JSON of `head`, which has no tensors, with `tensors` in their place."""
-    before, after = head.model_dump_json(indent=1).split('"tensors": []', 1)
-    yield f'{before}"tensors": ['.encode()
+    before, after = around_tensors(head)
+    yield before
     comma = ""
     for tensor in tensors:
         indented = tensor.model_dump_json(indent=1).replace("\n", "\n  ")
         yield f"{comma}\n  {indented}".encode()
         comma = ","
-    yield f"\n ]{after}\n".encode()
+    yield b"\n " + after
 
 
 def _relative_error(err2: float, ref2: float) -> float:

@@ -10,8 +10,8 @@ from qkernels import native
 _MOST_PENDING = 8192
 
 
-# doubles that don't overlap: 2098 bits in all
-_NUM_PARTS = 64
+# doubles that don't overlap: at most one for each of the bits that a finite one can have
+_NUM_PARTS = 2100
 
 
 class ExactSum:

@@ -7,6 +7,7 @@ of its bytes, and results do not depend on how a tensor is cut. Where a format h
 whole weight, a unit is read twice: for its largest magnitude, then to be encoded.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -45,15 +46,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Before:
-    """A unit that an interrupted run finished: its record, and what reads the files it wrote."""
+    """A unit that an interrupted run finished: its record, and where the files lie."""
 
     record: Record
-    reader: Reader
-
-    @property
-    def folder(self) -> Path:
-        """Where the files lie."""
-        return self.reader.folder
+    folder: Path
 
 
 def unit_nbytes(unit: Unit) -> int:
@@ -140,14 +136,18 @@ class UnitWorker:
         shapes = [len(step.outputs) for step in unit.steps]
         if [len(step.digests) for step in record.steps] != shapes:
             return False
+        # closed again at once: there may be many files, of many runs
+        reader = Reader(before.folder, Counter())
         try:
             for step, done, places in zip(unit.steps, record.steps, record.places, strict=True):
                 for output, digest, place in zip(step.outputs, done.digests, places, strict=True):
-                    if self._copied(output, before, place) != digest:
+                    if self._copied(output, reader, place) != digest:
                         return False
         except (OSError, ConvertError, ValueError):
             # a file that is gone or short; a disk that is full shows again on the way that follows
             return False
+        finally:
+            reader.close()
         for step, done in zip(unit.steps, record.steps, strict=True):
             self._check(step, done.num_nonfinite or 0)
         self._advance(unit_nbytes(unit))
@@ -160,9 +160,9 @@ class UnitWorker:
         self._shared.writer.done(output_files(unit.steps))
         self.clock.lap("sync")
 
-    def _copied(self, output: Output, before: Before, place: tuple[str, int]) -> str:
+    def _copied(self, output: Output, reader: Reader, place: tuple[str, int]) -> str:
         file, offset = place
-        is_moved = (before.folder / file, offset) != (
+        is_moved = (reader.folder / file, offset) != (
             self._shared.writer.folder / output.file,
             output.offset,
         )
@@ -170,7 +170,7 @@ class UnitWorker:
         chunk = min(COPY_NBYTES, len(self._buffer))
         for begin in range(0, output.nbytes, chunk):
             view = self._buffer[: min(chunk, output.nbytes - begin)]
-            before.reader.read(file, view, offset=offset + begin)
+            reader.read(file, view, offset=offset + begin)
             self.clock.lap("read", len(view))
             digest.update(view)
             self.clock.lap("digest", len(view))

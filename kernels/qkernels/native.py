@@ -206,7 +206,7 @@ def amax(addr: int, dtype: str, n: int) -> tuple[float, int]:
 def exact_sum(addr: int, n: int, parts: "ctypes.Array[ctypes.c_double]", num_parts: int) -> int:
     """Number of parts after adding the n doubles at addr to the first num_parts of `parts`.
 
-    The sum of the parts is exactly that of all numbers; `parts` has room for 64. -1, with the
+    The sum of the parts is exactly that of all numbers; `parts` has room for 2100. -1, with the
     parts as they were, if a number is not finite.
 
     Raises: KernelError when the library is not available.

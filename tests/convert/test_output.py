@@ -12,7 +12,7 @@ from qconvert.files import copy_file, write_file
 from qconvert.journal import Header, Record
 from qconvert.output import check_paths, partial_directory
 
-HEADER = Header("1", "a plan", None, ())
+HEADER = Header("1", "a plan", None, (), ("model.safetensors",), ("a.json", "sub/a.json"))
 
 
 def test_the_directory_appears_whole_and_without_the_books(tmp_path: Path) -> None:
@@ -81,15 +81,14 @@ def test_an_output_that_filled_up_meanwhile_is_not_replaced(tmp_path: Path) -> N
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
-def test_what_a_killed_run_left_without_a_journal_is_cleared(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_without_a_journal_is_written_again(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / ".qconvert").mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
 
     with partial_directory(tmp_path / "out", HEADER) as found:
         assert "its journal is missing or damaged; starting over" in found.notes[0]
-
-    assert list((tmp_path / "out").iterdir()) == []
+        assert found.before == []
 
 
 def test_what_a_run_left_that_was_killed_at_its_start_is_cleared(tmp_path: Path) -> None:
@@ -123,6 +122,71 @@ def test_a_foreign_directory_of_that_name_is_not_touched(tmp_path: Path) -> None
         pass
 
     assert (tmp_path / "out.partial" / "precious").read_text() == "x"
+
+
+def test_a_failing_run_leaves_a_second_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one clears its directory away, the lock is held; then it removes no file."""
+    partial = tmp_path / "out.partial"
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok)
+        if path.name == "lock":
+            # the second one begins here
+            (partial / ".qconvert" / "lock").touch()
+            (partial / "model.safetensors").write_text("second")
+
+    def fail() -> None:
+        with partial_directory(tmp_path / "out", HEADER) as found:
+            (found.path / "model.safetensors").write_text("first")
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(ZeroDivisionError):
+            fail()
+
+    assert (partial / "model.safetensors").read_text() == "second"
+
+
+def test_an_output_that_appeared_before_the_lock_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+
+    with (
+        pytest.raises(ConvertError, match="exists and is not empty"),
+        partial_directory(tmp_path / "out", HEADER),
+    ):
+        pass
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_books_that_are_a_link_are_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("x")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".qconvert").symlink_to(tmp_path / "elsewhere")
+
+    with (
+        pytest.raises(ConvertError, match="was not made by qconvert"),
+        partial_directory(tmp_path / "out", HEADER, fresh=True),
+    ):
+        pass
+
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "x"
+
+
+def test_the_place_of_another_output_is_no_output_and_no_source(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out.partial" / ".qconvert").mkdir(parents=True)
+
+    with pytest.raises(ConvertError, match="is what an interrupted conversion left"):
+        check_paths(tmp_path / "in", tmp_path / "out.partial")
+    with pytest.raises(ConvertError, match="give the output another name"):
+        check_paths(tmp_path / "out.partial", tmp_path / "out")
 
 
 def test_a_run_in_progress_is_not_disturbed(tmp_path: Path) -> None:

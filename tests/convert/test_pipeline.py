@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert import backends
+from qconvert import backends, output
 from qconvert.backends import resolve
-from qconvert.convert import convert
+from qconvert.convert import SLACK_NBYTES, convert, needed_nbytes
 from qconvert.errors import ConvertError
 from qconvert.pipeline import Progress, fitting_workers
 from qconvert.planner import make_plan
@@ -140,20 +140,43 @@ def test_the_default_workers_fit_the_budget(make: Make) -> None:
     assert fitting_workers(plan, wanted=8, budget=1) == 1
 
 
-def test_what_a_killed_run_left_does_not_count_as_used_space(
+def test_what_a_killed_run_left_does_not_count_twice(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make(wide())
-    partial = tmp_path / "out.partial"
-    (partial / ".qconvert").mkdir(parents=True)
-    (partial / "half").write_bytes(b"x")
+    plan = make_plan(open_checkpoint(source), recipe())
+    shard = tmp_path / "out.partial" / "model.safetensors"
+    (shard.parent / ".qconvert").mkdir(parents=True)
+    shard.write_bytes(bytes(plan.shards[0].nbytes))
+    os.sync()
     stats = os.statvfs(tmp_path)
-    full = os.statvfs_result((*stats[:4], 10, *stats[5:]))
-    monkeypatch.setattr(os, "statvfs", lambda path: full if (partial / "half").exists() else stats)
+    free = needed_nbytes(plan) - shard.stat().st_blocks * 512
+    tight = os.statvfs_result((*stats[:4], -(-free // stats.f_frsize), *stats[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: tight)
 
     run(source, tmp_path / "out")
 
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_space_that_is_asked_for_holds_report_index_and_journal(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many small tensors they are most of it."""
+    names = [f"model.layers.{n // 64}.mlp.experts.{n % 64}.up_proj.weight" for n in range(1500)]
+    source = make(shards={"a.safetensors": {name: torch.ones(16, 16) for name in names}})
+    plan = make_plan(open_checkpoint(source), recipe(algo="W4A16_NVFP4"))
+    taken = []
+    real = output.forget
+
+    def weighed(path: Path) -> None:
+        taken.extend(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+        real(path)
+
+    monkeypatch.setattr(output, "forget", weighed)
+    run(source, tmp_path / "out", algo="W4A16_NVFP4")
+
+    assert sum(taken) <= needed_nbytes(plan) - SLACK_NBYTES
 
 
 @pytest.mark.parametrize("algo", ["FP8_PB_WO", "FP8", "NVFP4", "W4A8_AWQ"])

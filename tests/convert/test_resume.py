@@ -1,6 +1,7 @@
 """Going on after an interruption: what is kept, what is redone, what is refused."""
 
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,6 +211,15 @@ def test_plans_that_alternate_lose_nothing(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def edited_in_place(path: Path) -> None:
+    """Change a byte and set the time back."""
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def damage_journal(partial: Path) -> None:
     journal = partial / ".qconvert" / "journal"
     data = bytearray(journal.read_bytes())
@@ -296,10 +306,139 @@ def test_a_journal_of_another_version_is_not_trusted(
     assert len(converted) == len(open_checkpoint(source).tensors)
 
 
+def test_a_run_that_fails_while_setting_aside_loses_nothing(
+    tmp_path: Path, stop_after: Stop, converted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = CHECKPOINTS / "llama"
+    changed = recipe(exclude=["model.layers.0.mlp.*"])
+    go(source, tmp_path / "whole", changed)
+    with stop_after(len(converted) - 1):
+        go(source, tmp_path / "out")
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qconvert.output.Journal", fail)
+        with pytest.raises(ConvertError, match="the disk is full"):
+            go(source, tmp_path / "out", changed)
+    converted.clear()
+
+    go(source, tmp_path / "out", changed)
+
+    assert len(converted) <= 4
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_file_of_somebody_else_is_neither_published_nor_removed(
+    tmp_path: Path, stop_after: Stop, changed: bool
+) -> None:
+    source = CHECKPOINTS / "llama"
+    with stop_after(4):
+        go(source, tmp_path / "out")
+    foreign = tmp_path / "out.partial" / "extra.safetensors"
+    foreign.write_text("precious")
+
+    with pytest.raises(ConvertError, match=r"holds extra.safetensors, no part of this conversion"):
+        go(source, tmp_path / "out", recipe(exclude=["model.layers.0.*"]) if changed else None)
+
+    assert foreign.read_text() == "precious"
+    go(source, tmp_path / "out", fresh=True)
+
+
+def test_many_shards_are_gone_on_from_with_few_descriptors(
+    tmp_path: Path, make: Make, stop_after: Stop
+) -> None:
+    shards = {
+        f"{number:02}.safetensors": {f"model.layers.{number}.mlp.up_proj.weight": torch.ones(8, 8)}
+        for number in range(60)
+    }
+    source = make(shards=shards)
+    with stop_after(59):
+        go(source, tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+    try:
+        go(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_is_reused_is_counted_once(tmp_path: Path, stop_after: Stop) -> None:
+    """In a format that reads its source twice."""
+    source, asked = CHECKPOINTS / "llama", recipe(algo="W4A16_NVFP4")
+    plan = make_plan(open_checkpoint(source), asked)
+    with stop_after(len(plan.units) - 1):
+        go(source, tmp_path / "out", asked)
+
+    timings = go(source, tmp_path / "out", asked).timings
+
+    assert 0 < timings.reused_nbytes < timings.source_nbytes
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "tokenizer.json"])
+def test_a_source_that_was_modified_after_the_end_is_not_complete_already(
+    tmp_path: Path, name: str
+) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(CHECKPOINTS / "llama", source)
+    go(source, tmp_path / "out")
+    data = (source / name).read_bytes()
+    (source / name).write_bytes(data)
+
+    with pytest.raises(ConvertError, match=rf"{name} was modified after it was made"):
+        go(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_finished_output_whose_documents_changed_is_no_success(tmp_path: Path, name: str) -> None:
+    go(CHECKPOINTS / "llama", tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+
+    with pytest.raises(ConvertError, match=rf"{name}: .* is not as it was"):
+        go(CHECKPOINTS / "llama", tmp_path / "out")
+
+
+def test_a_finished_output_whose_report_is_cut_is_no_success(tmp_path: Path) -> None:
+    go(CHECKPOINTS / "llama", tmp_path / "out")
+    report = tmp_path / "out" / "qconvert_report.json"
+    report.write_bytes(report.read_bytes()[:-10])
+
+    with pytest.raises(ConvertError, match="exists and is not empty"):
+        go(CHECKPOINTS / "llama", tmp_path / "out")
+
+
+def test_a_shard_that_could_not_be_flushed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages may look right in the cache and never have reached the disk."""
+    source = CHECKPOINTS / "llama"
+    real = os.fsync
+    names: list[str] = []
+
+    def fail(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".safetensors"):
+            names.append(name)
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(ConvertError, match="Input/output error"):
+            go(source, tmp_path / "out")
+
+    assert names
+    assert not Path(names[0]).exists()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (lambda path: os.utime(path, ns=(0, 0)), "was modified"),
+        (edited_in_place, "was modified"),
         (lambda path: path.write_bytes(path.read_bytes()), "was modified"),
         (
             lambda path: (shutil.copy2(path, f"{path}.new"), os.rename(f"{path}.new", path)),

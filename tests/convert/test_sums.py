@@ -41,6 +41,16 @@ def test_the_sum_is_exact_however_it_is_cut() -> None:
     assert added() == 0.0
 
 
+@pytest.mark.parametrize("step", [1, 2, 54])
+def test_numbers_of_one_bit_each_keep_apart(step: int) -> None:
+    """As many parts as there are numbers: from the smallest subnormal to the largest power."""
+    numbers = [math.ldexp(1.0, exponent) for exponent in range(-1074, 1000, step)]
+    exact = float(sum(map(Fraction, numbers)))
+
+    assert added(numbers) == added(numbers[::-1]) == exact
+    assert added(numbers, [-number for number in numbers]) == 0.0
+
+
 @pytest.mark.parametrize("odd", [math.inf, math.nan])
 def test_what_is_not_finite_stays(odd: float) -> None:
     found = added([1.0] * 20000, [odd], [1.0] * 20000)

@@ -4,8 +4,8 @@
 #include "qk.h"
 
 /* Adds the n finite doubles at x to *num parts, in order of their size and without zeros. There are
- * at most 2098 / 53 of them, so 64 have room. Returns QK_BAD_ARGUMENT, with the parts as they were,
- * for a number that is not finite. Source: Shewchuk 1997, Adaptive precision floating-point
+ * as many as finite doubles have bits, 2098, at most: two that don't overlap may be one bit each.
+ * Returns QK_BAD_ARGUMENT, with the parts as they were, for a number that is not finite. Source: Shewchuk 1997, Adaptive precision floating-point
  * arithmetic, Grow-Expansion with zero elimination. */
 QK_EXPORT int qk_exact_sum(const double *x, int64_t n, double *parts, int64_t *num) {
     fenv_t saved;
