@@ -3,8 +3,8 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial as partial_run
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 
 from qconvert import documents
@@ -22,6 +22,7 @@ from qconvert.files import (
 from qconvert.finished import check_finished
 from qconvert.gates import check_gates
 from qconvert.journal import header_of
+from qconvert.memory import peak_rss_nbytes
 from qconvert.output import (
     Partial,
     check_paths,
@@ -29,6 +30,7 @@ from qconvert.output import (
     partial_directory,
 )
 from qconvert.pipeline import Progress, run
+from qconvert.processes import run_in_processes, shares
 from qconvert.reports import report_bytes, report_head, reports_of
 from qconvert.side_files import REPORT
 from qconvert.smoothing import Vectors
@@ -78,7 +80,9 @@ def convert(
     check_paths(checkpoint.path, output, known=REPORT)
     digest = plan.sha256()
 
-    def outcome(stages: list[StageTime], reused: int, notes: list[str], done: bool) -> Outcome:
+    def outcome(
+        stages: list[StageTime], notes: list[str], *, reused: int = 0, others: int = 0
+    ) -> Outcome:
         timings = Timings(
             tool=plan.tool,
             plan_sha256=digest,
@@ -90,19 +94,21 @@ def convert(
             source_nbytes=sum(step.source.nbytes for step in plan.steps),
             output_nbytes=plan.output_nbytes(),
             reused_nbytes=reused,
-            peak_rss_nbytes=_peak_rss(),
+            peak_rss_nbytes=peak_rss_nbytes() + others,
         )
-        return Outcome(report_head(plan, digest), timings, notes, done)
+        return Outcome(report_head(plan, digest), timings, notes, done_before=not stages)
 
     if output.is_dir() and any(output.iterdir()):
         check_finished(checkpoint, plan, digest, output)
-        return outcome([], 0, [f"{output}: is complete already; nothing was done"], True)
+        return outcome([], [f"{output}: is complete already; nothing was done"])
     partial = None
     try:
         source, vectors = identify(checkpoint), vector_files(statistics)
         with partial_directory(output, header_of(plan, digest, source), fresh=fresh) as partial:
             check_space(output, needed_nbytes(plan) - partial.allocated_nbytes)
-            done = run(
+            parts = shares(plan, max(1, len(device.processes)))
+            runner = partial_run(run_in_processes, parts=parts, lock=partial.lock)
+            done = (runner if len(parts) > 1 else run)(
                 plan,
                 source=checkpoint.path,
                 output=partial.path,
@@ -132,8 +138,12 @@ def convert(
     except OSError as error:
         raise _explained(error, plan, output, _kept(partial)) from None
     finish = StageTime(stage="finish", seconds=round(perf_counter() - ended, 6), nbytes=0)
-    notes = _notes(partial, done.reused_nbytes)
-    return outcome([*done.stages, finish], done.reused_nbytes, notes, False)
+    return outcome(
+        [*done.stages, finish],
+        _notes(partial, done.reused_nbytes),
+        reused=done.reused_nbytes,
+        others=done.others_rss_nbytes,
+    )
 
 
 def needed_nbytes(plan: Plan) -> int:
@@ -168,15 +178,6 @@ def _explained(error: OSError, plan: Plan, output: Path, kept: Path | None) -> C
         found = ConvertError(f"{where}: {os.strerror(error.errno) if error.errno else error}")
     found.kept = kept
     return found
-
-
-def _peak_rss() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) << 10
-    except (OSError, ValueError, IndexError):
-        return getrusage(RUSAGE_SELF).ru_maxrss
 
 
 def _write_side_files(

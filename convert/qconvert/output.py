@@ -87,6 +87,7 @@ class Partial:
 
     path: Path
     journal: Journal
+    lock: int
     # folders with what was written into them, those to prefer last
     before: list[tuple[Path, Mapping[str, Record]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -125,7 +126,7 @@ def partial_directory(output: Path, header: Header, *, fresh: bool = False) -> I
         keep = keep and bool(before)
         in_place = before[-1][1] if before and before[-1][0] == path else {}
         journal = Journal(path / _BOOKS / _JOURNAL, header, in_place.values())
-        yield Partial(path, journal, before, notes)
+        yield Partial(path, journal, lock, before, notes)
         _refuse_foreign(path, header, "")
         shutil.rmtree(path / _BOOKS / _OLD, ignore_errors=True)
         _sync_directories(path)

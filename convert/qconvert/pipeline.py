@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from qconvert.backends import Device
 from qconvert.errors import ConvertError, human
 from qconvert.files import Reader, Writer
-from qconvert.journal import Journal, Record, StepDone, record_of, unit_key
+from qconvert.journal import Record, StepDone, record_of, unit_key
 from qconvert.scalars import packed
 from qconvert.schedule import Job, Schedule
 from qconvert.smoothing import Vectors
@@ -33,6 +34,13 @@ from qschema.timings import StageTime
 _MIN_SHARE_NBYTES = 64 << 10
 
 
+class Notebook(Protocol):
+    """Where finished units are noted: the journal, or what sends to it. Thread safe."""
+
+    def append(self, record: Record) -> None:
+        """Note a unit whose bytes were handed to the kernel."""
+
+
 @dataclass
 class Progress:
     """Source bytes that are done, one slot per worker so that none waits for another."""
@@ -49,13 +57,15 @@ class Done:
     stages: list[StageTime]
     # source bytes of units that an interrupted run had finished
     reused_nbytes: int
+    # peak RSS of other processes than this one, in all
+    others_rss_nbytes: int = 0
 
 
 @dataclass
 class _Shared:
     schedule: Schedule
     context: Context
-    journal: Journal
+    journal: Notebook
     before: Mapping[str, Before]
     progress: Progress
     results: list[tuple[StepDone, ...]]
@@ -72,7 +82,7 @@ def run(
     *,
     source: Path,
     output: Path,
-    journal: Journal,
+    journal: Notebook,
     before: Iterable[tuple[Path, Mapping[str, Record]]] = (),
     vectors: Vectors,
     device: Device,
@@ -89,9 +99,9 @@ def run(
     """
     share = worker_share(device, workers=workers, budget=budget)
     jobs = [Job(place, unit, unit_nbytes(unit)) for place, unit in enumerate(plan.units)]
-    slice_nbytes = device.make(0).slice_nbytes
     needed = max(
-        (buffer_nbytes(step, preferred=slice_nbytes, limit=share) for step in plan.steps), default=0
+        (buffer_nbytes(step, preferred=device.slice_nbytes, limit=share) for step in plan.steps),
+        default=0,
     )
     reader = Reader(source, Counter(step.source.file for step in plan.steps))
     writer = Writer(plan, output)

@@ -25,6 +25,7 @@ from qschema.architectures import (
 )
 from qschema.dtypes import HIGH_PRECISION
 from qschema.plan import Scaling, Vector
+from qschema.safetensors import Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,6 +207,11 @@ class Vectors:
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
         self._resolve = lru_cache(_NUM_CACHED)(self._compute)
+
+    @property
+    def stored_tensors(self) -> Mapping[str, Stored]:
+        """Where the tensors lie that the numbers are read from."""
+        return self._statistics.vectors
 
     def numbers(self, vector: Vector) -> "F32":
         """Return the numbers of `vector` as float32."""

@@ -230,7 +230,7 @@ def test_workers_take_the_gpus_in_turn(
 def test_a_worker_at_least_for_every_gpu(
     two_gpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for cores, expected in ((1, 2), (2, 2), (12, 12), (64, 16)):
+    for cores, expected in ((1, 2), (2, 2), (12, 12), (64, 32)):
         monkeypatch.setattr(backends, "_num_cores", lambda cores=cores: cores)
         assert resolve("cuda", codecs=["FP8"]).default_workers == expected
 
@@ -267,5 +267,8 @@ def test_a_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "count_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
+    with pytest.raises(ConvertError, match="sees 0 of 1 CUDA devices"):
+        resolve("cuda:0", codecs=["FP8"])
+    # several GPUs: torch is imported where it is used
     with pytest.raises(ConvertError, match="sees 0 of 2 CUDA devices"):
-        resolve("cuda", codecs=["FP8"])
+        resolve("cuda", codecs=["FP8"]).make(0)

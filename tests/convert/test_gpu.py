@@ -103,6 +103,17 @@ def test_several_gpus_give_the_same_directory(tmp_path: Path, make: Make, name: 
     assert torch.cuda.memory_reserved(1) > 0
 
 
+@pytest.mark.skipif(count_gpus() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("algo", ["FP8_PB_WO", "NVFP4"])
+def test_a_process_for_each_gpu_gives_the_same_directory(tmp_path: Path, algo: str) -> None:
+    """Shards are divided among them; above there is only one."""
+    source = CHECKPOINTS / "mixtral"
+    run(source, tmp_path / "cpu", algo=algo, device="cpu", workers=2, budget=64 << 20)
+    run(source, tmp_path / "cuda", algo=algo, device="cuda", workers=4, budget=256 << 20)
+
+    assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
+
+
 @pytest.mark.parametrize("algo", [name for name in WRITABLE if find(name).stackable])
 def test_transposed_stacks_give_the_same_directory(tmp_path: Path, make: Make, algo: str) -> None:
     source = make(transposed_stacks(), config={"model_type": "llama4_text", "hidden_size": 128})

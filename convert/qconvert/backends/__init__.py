@@ -15,6 +15,10 @@ from qconvert.errors import ConvertError, some
 from qkernels.native import available, supports
 from qschema.formats import Format
 
+# enough for the copy engines; sixteen workers' footprints fit the default budget, also those of
+# transposed weights, which have source and outputs twice
+GPU_SLICE_NBYTES = 16 << 20
+CPU_SLICE_NBYTES = 4 << 20
 DEVICE_PATTERN = re.compile(r"auto|cpu|cuda|cuda:\d{1,4}(,cuda:\d{1,4})*", re.ASCII)
 
 
@@ -81,11 +85,15 @@ class Device:
     default_workers: int
     # of the worker with this number; worker s has GPU s modulo their number
     make: Callable[[int], Backend]
+    # the source size of a slice that suits it
+    slice_nbytes: int = CPU_SLICE_NBYTES
     # what a person should know about it
     remark: str = ""
     # bytes of device memory per byte of a worker's buffer, at most; all workers' are in the budget
     device_factor: float = 0.0
     num_gpus: int = 0
+    # what to resolve in each of several processes, where those do better than one
+    processes: tuple[str, ...] = ()
 
 
 def is_device_name(text: str) -> bool:
@@ -117,18 +125,17 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
     _need("torch")
     if num_gpus:
         _need("triton")
-        from qconvert.backends.cuda import CudaBackend, check_torch
-
         ordinals = wanted or list(range(num_gpus))
-        check_torch(max(ordinals) + 1)
-        names = [f"cuda:{ordinal}" for ordinal in ordinals]
+        names = tuple(f"cuda:{ordinal}" for ordinal in ordinals)
         return Device(
             ",".join(names),
             # a worker reads, hashes and writes, most of its time; each GPU needs one at least
             max(len(names), min(16 * len(names), _num_cores())),
-            lambda slot: CudaBackend(names[slot % len(names)]),
-            device_factor=CudaBackend.device_factor,
+            _gpus(names),
+            slice_nbytes=GPU_SLICE_NBYTES,
+            device_factor=1.0,
             num_gpus=len(names),
+            processes=names if len(names) > 1 else (),
         )
     from qconvert.backends.torch_cpu import TorchBackend
 
@@ -136,7 +143,28 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
         "no native kernels (was there a C compiler at install?): torch encodes the same bytes, "
         "many times slower"
     )
-    return Device("cpu (torch)", _num_cores(), TorchBackend, remark)
+    return Device("cpu (torch)", _num_cores(), TorchBackend, remark=remark)
+
+
+def _gpus(names: tuple[str, ...]) -> Callable[[int], Backend]:
+    """Return what makes backends on these GPUs in turn; torch is imported with the first one."""
+    if len(names) == 1:
+        # else the workers would wait for it
+        _check_gpus(names)
+
+    def make(slot: int) -> Backend:
+        from qconvert.backends.cuda import CudaBackend
+
+        _check_gpus(names)
+        return CudaBackend(names[slot % len(names)])
+
+    return make
+
+
+def _check_gpus(names: tuple[str, ...]) -> None:
+    from qconvert.backends.cuda import check_torch
+
+    check_torch(max(int(name.rpartition(":")[2]) for name in names) + 1)
 
 
 def _wanted_gpus(device: str) -> list[int]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from qconvert.backends import Counts, Task, address
+from qconvert.backends import GPU_SLICE_NBYTES, Counts, Task, address
 from qconvert.backends.torch_cpu import DTYPES, count_nonfinite
 from qkernels import kernels_for
 from qkernels.amax import amax_into_triton
@@ -29,9 +29,7 @@ class MirrorBackend(ABC):
     mirror up, to 2 MiB, or to 20 MiB in all for mirrors below 10 MiB.
     """
 
-    # enough for the copy engines; sixteen workers' footprints fit the default budget, also those of
-    # transposed weights, which have source and outputs twice
-    slice_nbytes = 16 << 20
+    slice_nbytes = GPU_SLICE_NBYTES
     device_factor = 1.0
 
     def __init__(self, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 import mmap
 
-from qconvert.backends import Counts, Task, address
+from qconvert.backends import CPU_SLICE_NBYTES, Counts, Task, address
 from qkernels import native
 from qschema.dtypes import BITS
 
@@ -11,7 +11,7 @@ class NativeBackend:
     """The CPU backend: ctypes releases the GIL, so each worker keeps one core busy."""
 
     # source and output of a slice stay in the cache between read, encode, hash and write
-    slice_nbytes = 4 << 20
+    slice_nbytes = CPU_SLICE_NBYTES
 
     def __init__(self, slot: int = 0) -> None:
         """Every worker's is alike."""

@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from qconvert.backends import Counts, Task
+from qconvert.backends import CPU_SLICE_NBYTES, Counts, Task
 from qkernels import kernels_for, native
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -16,7 +16,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class TorchBackend:
     """The CPU backend without a C compiler."""
 
-    slice_nbytes = 4 << 20
+    slice_nbytes = CPU_SLICE_NBYTES
 
     def __init__(self, slot: int = 0) -> None:
         # the workers are the threads
