@@ -3,6 +3,7 @@
 A group of options is one argument of a command: a dataclass whose fields are named like them.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -145,7 +146,7 @@ def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 def _timings_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     # known before hours of work, not after
-    if value is not None and (value.is_dir() or not value.resolve().parent.is_dir()):
+    if value is not None and (value.is_dir() or not Path(os.path.realpath(value)).parent.is_dir()):
         raise click.BadParameter(f"{value}: expected a file in a directory that exists")
     return value
 

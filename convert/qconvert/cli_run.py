@@ -1,7 +1,11 @@
 """What the commands have in common: opening, planning, converting, and what is said of it."""
 
+import os
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +17,7 @@ from qconvert.cli_options import Machine, Running, Words
 from qconvert.cli_timings import timing_lines, with_planning, write_timings
 from qconvert.convert import convert
 from qconvert.errors import ConvertError, human
-from qconvert.high_water import high_water, needs
+from qconvert.high_water import disk_mark, high_water, needs
 from qconvert.pipeline import fitting_workers
 from qconvert.planner import make_plan
 from qconvert.progress import progress_bar
@@ -23,6 +27,8 @@ from qschema.checkpoint import Checkpoint, open_checkpoint
 from qschema.formats import find
 from qschema.plan import Plan
 from qschema.recipe import Recipe
+
+STDOUT = "standard output"
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,16 @@ def planned(source: Path, asked: Recipe, amax: Path | None) -> Job:
 
 
 def with_marks(plan: Plan, machine: Machine) -> Plan:
-    """Return the plan with its high-water marks; a note says why if there can't be any."""
+    """Return the plan with its high-water marks; a note says why if that of disk is all."""
+    budget = machine.memory_budget
+    name, workers = machine.device, machine.workers
     try:
         device = _device(plan, machine)
-        marks = high_water(
-            plan,
-            device=device,
-            workers=_workers(plan, device, machine),
-            budget=machine.memory_budget,
-        )
+        name, workers = device.name, _workers(plan, device, machine)
+        marks = high_water(plan, device=device, workers=workers, budget=budget)
     except ConvertError as error:
-        _note(f"no estimate of disk and memory: {error}")
-        return plan
+        _note(f"no estimate of memory: {error}")
+        marks = disk_mark(plan, device=name, workers=workers, budget=budget)
     return plan.model_copy(update={"high_water": marks})
 
 
@@ -86,6 +90,7 @@ def convert_and_say(
     device = _device(plan, machine)
     if device.remark:
         _note(device.remark)
+    source = job.checkpoint.path
     with progress_bar(verbose=words.verbose, quiet=words.quiet) as watch:
         outcome = convert(
             job.checkpoint,
@@ -103,9 +108,11 @@ def convert_and_say(
     timings = with_planning(outcome.timings, job.seconds)
     # nothing was done: the timings of the run that did it stay
     if running.timings is not None and not outcome.done_before:
-        write_timings(running.timings, timings)
+        with _after(out_dir, str(running.timings)):
+            write_timings(running.timings, timings)
     if running.style == "json":
-        _print_report(out_dir)
+        with _after(out_dir, STDOUT), to_stdout():
+            _print_report(out_dir)
     if not _speaks(words):
         return
     if words.verbose and not outcome.done_before:
@@ -114,7 +121,7 @@ def convert_and_say(
     done = "was there already" if outcome.done_before else f"on {device.name}"
     _say(
         f"{out_dir}: {human(plan.output_nbytes())}, {outcome.report.bits_per_weight:.2f} bits per "
-        f"weight, {done}; check it with: qvalidate {out_dir} --reference {job.checkpoint.path}"
+        f"weight, {done}; check it with: qvalidate {quoted(out_dir)} --reference {quoted(source)}"
     )
 
 
@@ -131,12 +138,47 @@ def say_marks(plan: Plan, file: Path | None, words: Words) -> None:
     if plan.high_water is not None:
         _say(f"a run needs {needs(plan.high_water)}")
     if file is not None:
-        _say(f"{file}: {len(plan.steps)} steps; convert with: qconvert apply {file} OUT_DIR")
+        _say(
+            f"{file}: {len(plan.steps)} steps; convert with: qconvert apply {quoted(file)} OUT_DIR"
+        )
 
 
 def printable(text: str) -> str:
     """Return `text` with control characters, which a tensor's name may hold, as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def quoted(path: Path) -> str:
+    """Return the path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+@contextmanager
+def to_stdout() -> Iterator[None]:
+    """Let what is printed reach stdout within the block, and errors say that it was stdout."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # or the interpreter, at its end, would try to write the rest once more
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, STDOUT) from None
+
+
+@contextmanager
+def _after(out_dir: Path, name: str) -> Iterator[None]:
+    """Let errors of writing what comes after the checkpoint say that it is there."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ConvertError(
+            f"{name}: {error.strerror or error}; the checkpoint {out_dir} is complete"
+        ) from None
 
 
 def _device(plan: Plan, machine: Machine) -> Device:

@@ -1,11 +1,16 @@
 """Timings in words: seconds, bytes per second and share of each stage, and what held a run up."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qconvert.errors import human
+from qconvert.errors import ConvertError, human
+from qconvert.output import partial_path
+from qschema.strict import DocumentError, load_json
 from qschema.timings import Stage, StageTime, Timings
 
+# the timings of a run are far below
+_MOST_NBYTES = 1 << 20
 _ADVICE: dict[Stage, str] = {
     "plan": "headers and JSON, before the first weight",
     "start": "contexts of the devices and buffers, before the first weight",
@@ -15,6 +20,7 @@ _ADVICE: dict[Stage, str] = {
     "write": "the output's disk sets the pace",
     "sync": "the output's disk sets the pace: it was still writing at the end",
     "wait": "workers had nothing to do: fewer would do",
+    "finish": "files beside the weights, the report, flushing to disk",
 }
 
 
@@ -45,7 +51,7 @@ def bottleneck(timings: Timings) -> StageTime | None:
 
 def _share(stage: StageTime, timings: Timings) -> float:
     """Return the share of the run's time; while it is planned no worker is at work."""
-    workers = 1 if stage.stage == "plan" else timings.workers
+    workers = 1 if stage.stage in ("plan", "finish") else timings.workers
     return stage.seconds / workers / timings.wall_s if timings.wall_s else 0.0
 
 
@@ -60,6 +66,34 @@ def with_planning(timings: Timings, seconds: float) -> Timings:
         stages[found] = stages[found].model_copy(update={"seconds": total})
     wall_s = round(timings.wall_s + seconds, 6)
     return timings.model_copy(update={"stages": stages, "wall_s": wall_s})
+
+
+def check_timings(path: Path | None, *, source: Path, output: Path) -> None:
+    """Raise ConvertError if timings at `path` would be a file of a checkpoint, or replace another.
+
+    Those of an earlier run are replaced, and an empty file; pipes and devices are written to.
+    """
+    if path is None:
+        return
+    real = Path(os.path.realpath(path))
+    for folder in (source, output, partial_path(output)):
+        if folder.resolve() in (real, *real.parents):
+            raise ConvertError(f"--timings {path}: lies in {folder}; write it elsewhere")
+    if path.is_file() and not _is_timings(path):
+        raise ConvertError(
+            f"--timings {path}: exists and holds no timings; nothing else is overwritten"
+        )
+
+
+def _is_timings(path: Path) -> bool:
+    nbytes = path.stat().st_size
+    if nbytes == 0 or nbytes > _MOST_NBYTES:
+        return nbytes == 0
+    try:
+        document = load_json(path)
+    except DocumentError:
+        return False
+    return isinstance(document, dict) and document.get("document") == "qconvert-timings"
 
 
 def write_timings(path: Path, timings: Timings) -> None:

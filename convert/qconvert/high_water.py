@@ -26,11 +26,13 @@ def high_water(plan: Plan, *, device: Device, workers: int, budget: int) -> High
     Raises ConvertError for a budget that is too small for so many workers.
     """
     share = worker_share(device, workers=workers, budget=budget)
-    preferred = device.make(0).slice_nbytes
-    sizes = (buffer_nbytes(step, preferred=preferred, limit=share) for step in _kinds(plan))
+    sizes = (
+        buffer_nbytes(step, preferred=device.slice_nbytes, limit=share) for step in _kinds(plan)
+    )
     buffer = min(share, max(sizes, default=0))
     on_each = -(-workers // device.num_gpus) if device.num_gpus else 0
     runtime = _RUNTIME_NBYTES["cuda" if device.num_gpus else device.name]
+    runtime *= max(1, len(device.processes))
     return HighWater(
         device=device.name,
         workers=workers,
@@ -38,6 +40,16 @@ def high_water(plan: Plan, *, device: Device, workers: int, budget: int) -> High
         disk_nbytes=needed_nbytes(plan),
         host_nbytes=runtime + workers * buffer + _STEP_NBYTES * len(plan.steps),
         gpu_nbytes=int(_CONTEXT_NBYTES + on_each * buffer * device.device_factor) if on_each else 0,
+    )
+
+
+def disk_mark(plan: Plan, *, device: str, workers: int | None, budget: int) -> HighWater:
+    """Return the mark that does not depend on the device, which may not be here, nor on a budget.
+
+    `device` is its name, `workers` None if it would have decided how many.
+    """
+    return HighWater(
+        device=device, workers=workers, memory_budget=budget, disk_nbytes=needed_nbytes(plan)
     )
 
 
@@ -52,6 +64,8 @@ def _kinds(plan: Plan) -> list[Step]:
 
 def needs(marks: HighWater) -> str:
     """Return the marks in words."""
+    if marks.host_nbytes is None:
+        return f"{human(marks.disk_nbytes)} of disk at most"
     gpu = f", {human(marks.gpu_nbytes)} of each GPU" if marks.gpu_nbytes else ""
     return (
         f"{human(marks.disk_nbytes)} of disk, {human(marks.host_nbytes)} of memory{gpu}: at most, "

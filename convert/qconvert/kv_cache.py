@@ -16,13 +16,11 @@ from qschema.plan import Constant, Output
 from qschema.recipe import Recipe
 
 _DIVISOR = 448.0
-# a tensor that every attention layer has one of, by the end of its name
-_ATTENTION = (
-    ".k_proj.weight",
-    ".qkv_proj.weight",
-    ".kv_a_proj_with_mqa.weight",
-    ".kv_b_proj.weight",
-)
+# by the end of their names: tensors that make keys, of which an attention layer has some, and those
+# that make values
+_TOGETHER = (".qkv_proj.weight", ".kv_a_proj_with_mqa.weight", ".kv_b_proj.weight")
+_KEYS = (".k_proj.weight", *_TOGETHER)
+_VALUES = (".v_proj.weight", *_TOGETHER)
 
 
 def kv_constants(
@@ -34,21 +32,20 @@ def kv_constants(
 ) -> list[Constant]:
     """Return the scales (and biases) of the KV cache that `recipe` asks for.
 
-    A layer whose keys' projection is among the tensors `dropped` gets none; without statistics of
-    the cache there are none at all, and engines take 1.0. Raises ConvertError for statistics of
-    modules that the checkpoint does not have, or of only some of its attention layers.
+    Keys get none where their projection is among the tensors `dropped`, nor do values; without
+    statistics of the cache there are none at all, and engines take 1.0. Raises ConvertError for
+    statistics of modules that the checkpoint does not have, or of only some of its layers.
     """
     if recipe.kv_cache is None or not statistics.amax.kv_cache:
         return []
-    all_files = _attention_files(checkpoint, frozenset())
-    files = _attention_files(checkpoint, dropped)
+    layers = _attention_layers(checkpoint, dropped)
     known = statistics.amax.kv_cache
-    unknown = [name for name in known if name not in all_files]
+    unknown = [name for name in known if name not in layers]
     # a vision tower has no cache, and calibration runs no layer that predicts further tokens
     missing = [
         name
-        for name in files
-        if name not in known and keep_reason(name, config=checkpoint.config) is None
+        for name, files in layers.items()
+        if files and name not in known and keep_reason(name, config=checkpoint.config) is None
     ]
     if unknown or missing:
         problem = (
@@ -59,15 +56,14 @@ def kv_constants(
         raise ConvertError(f"{statistics.file}: $.kv_cache: {problem}; calibrate this checkpoint")
     constants = []
     for name, amax in sorted(known.items()):
-        if name not in files:
-            continue
-        for letter, value in (("k", amax.k), ("v", amax.v)):
+        for letter, file in layers[name].items():
+            value = amax.k if letter == "k" else amax.v
             if quotient(value, _DIVISOR) == 0.0:
                 raise ConvertError(
                     f"{statistics.file}: $.kv_cache[{name!r}].{letter} is {value:g}: no key or "
                     "value was seen, calibrate again"
                 )
-            constants += _constants(name, letter, value, files[name], recipe, statistics)
+            constants += _constants(name, letter, value, file, recipe, statistics)
     return constants
 
 
@@ -110,14 +106,34 @@ def _constants(
     return found
 
 
-def _attention_files(checkpoint: Checkpoint, dropped: Set[str]) -> Mapping[str, str]:
-    """Return attention module -> the file that holds its keys' projection, if not `dropped`."""
-    return {
-        name[: name.index(suffix)]: tensor.file.name
-        for name, tensor in checkpoint.tensors.items()
-        for suffix in _ATTENTION
-        if name.endswith(suffix) and ".self_attn" in name and name not in dropped
-    }
+def _attention_layers(checkpoint: Checkpoint, dropped: Set[str]) -> Mapping[str, Mapping[str, str]]:
+    """Return attention module -> "k" and "v", if their projections stay -> the file for scales."""
+    keys = _projections(checkpoint, _KEYS)
+    values = _projections(checkpoint, _VALUES)
+    layers = {}
+    for name, of_keys in keys.items():
+        # where keys are values too, no other projection makes values
+        projections = {"k": of_keys, "v": values.get(name, of_keys)}
+        kept = {
+            letter: [file for tensor, file in found if tensor not in dropped]
+            for letter, found in projections.items()
+        }
+        files = [*kept["v"], *kept["k"]]
+        layers[name] = {letter: files[-1] for letter, found in kept.items() if found}
+    return layers
+
+
+def _projections(
+    checkpoint: Checkpoint, suffixes: tuple[str, ...]
+) -> Mapping[str, list[tuple[str, str]]]:
+    """Return attention module -> name and file of its tensors that end so."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        for suffix in suffixes:
+            if name.endswith(suffix) and ".self_attn" in name:
+                module = name[: name.index(suffix)]
+                found.setdefault(module, []).append((name, tensor.file.name))
+    return found
 
 
 def _output(name: str, dtype: str, shape: tuple[int, ...], file: str) -> Output:

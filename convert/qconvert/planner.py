@@ -81,8 +81,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | N
         raise ConvertError(f"{checkpoint.path}: the recipe quantizes none of the weights")
     if len(formats) > 1:
         check_mixed(decisions)
-    amaxes = input_amaxes(decisions, statistics)
     written = [decision for decision in decisions if not decision.dropped]
+    if decisions and not written:
+        raise ConvertError(f"{checkpoint.path}: the recipe drops every tensor; nothing is left")
+    amaxes = input_amaxes(decisions, statistics)
     smoothing = plan_smoothing(written, statistics, model_type=_model_type(checkpoint))
     drafts = drafted(decisions, smoothing)
     dropped = {decision.tensor.name for decision in decisions if decision.dropped}

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from math import prod
 
-from qconvert.convert import effective_bits
 from qconvert.errors import human
 from qconvert.high_water import needs
+from qconvert.reports import effective_bits
 from qschema.plan import Plan, Step
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -2,12 +2,13 @@
 
 A plan is a value: it can be printed, written to a file, hashed, compared and sent to another
 process. What it says of one machine, `where` and `high_water`, stands apart and is no part of its
-digest. Offsets are absolute byte positions in the file that is named.
+digest, nor is the digest in a file of it. Offsets are absolute byte positions in the file that is
+named.
 """
 
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -131,29 +132,35 @@ class SideFile(Strict):
     nbytes: int | None = Field(default=None, ge=0)
 
 
+# a NUL is in no path
+AbsolutePath: TypeAlias = Annotated[str, Field(pattern=r"^/[^\x00]*$")]
+
+
 class Where(Strict):
     """The places that a plan was made from, as absolute paths of the machine that made it."""
 
-    source: str
-    statistics: str | None = None
+    source: AbsolutePath
+    statistics: AbsolutePath | None = None
 
 
 class HighWater(Strict):
     """The most that a run takes, on this device, with so many workers and this budget.
 
     disk: what must be free beside the source. host: memory of the process. gpu: memory of each GPU.
+    Memory is null where the plan was made without the device, or for a budget that is too small.
     """
 
     device: str
-    workers: int = Field(ge=1)
+    # null if the device would have decided
+    workers: int | None = Field(ge=1)
     memory_budget: int = Field(ge=0)
     disk_nbytes: int = Field(ge=0)
-    host_nbytes: int = Field(ge=0)
-    gpu_nbytes: int = Field(ge=0)
+    host_nbytes: int | None = Field(default=None, ge=0)
+    gpu_nbytes: int | None = Field(default=None, ge=0)
 
 
-# what a plan says of one machine
-LOCAL = frozenset({"where", "high_water"})
+# what a plan says of one machine, and its own digest
+LOCAL = frozenset({"plan_sha256", "where", "high_water"})
 
 
 class Plan(Strict):
@@ -162,6 +169,8 @@ class Plan(Strict):
     document: Literal["qconvert-plan"] = "qconvert-plan"
     version: Literal[1] = 1
     tool: Tool
+    # the digest of the plan as it was made; a plan that was edited has another
+    plan_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     where: Where | None = None
     high_water: HighWater | None = None
     source: Source
@@ -203,7 +212,7 @@ class Plan(Strict):
     def sha256(self) -> str:
         """Return the digest of the plan's canonical JSON, which names a conversion exactly.
 
-        It is that of every machine: `where` and `high_water` are left out.
+        It is that of every machine: what is `LOCAL` is left out.
         """
         state = hashlib.sha256()
         for part in self._canonical():

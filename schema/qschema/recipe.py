@@ -49,10 +49,14 @@ FailIf: TypeAlias = Annotated[
 ]
 
 
+# of a shell, over the names of modules, tensors or files; an empty one can match nothing
+Pattern: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
 class Rule(Strict):
     """Modules that match `match` get the format `algo`; the first matching rule decides."""
 
-    match: str = Field(min_length=1)
+    match: Pattern
     algo: AlgoName
 
 
@@ -63,15 +67,15 @@ class Recipe(Strict):
     # none where only the KV cache is quantized
     rules: list[Rule]
     # modules that stay as they are, beside the default ones (embeddings, lm_head, routers, ...)
-    exclude: list[str] = Field(default_factory=list)
+    exclude: list[Pattern] = Field(default_factory=list)
     # modules that are quantized although a default exclusion names them
-    include: list[str] = Field(default_factory=list)
+    include: list[Pattern] = Field(default_factory=list)
     # tensors that are not written at all; a pattern for a module means all tensors below it
-    drop: list[str] = Field(default_factory=list)
+    drop: list[Pattern] = Field(default_factory=list)
     # files of the source to leave behind, beside known second copies of the weights
-    leave: list[str] = Field(default_factory=list)
+    leave: list[Pattern] = Field(default_factory=list)
     # files to copy although they look like a second copy, or belong to no index
-    copy_files: list[str] = Field(default_factory=list)
+    copy_files: list[Pattern] = Field(default_factory=list)
     # how engines keep keys and values: FP8 or NVFP4, with scales from the statistics; none if null
     kv_cache: KvCache | None = None
     # a weight whose size its format can't have: an error, or kept as it is and listed

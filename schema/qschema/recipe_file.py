@@ -1,11 +1,12 @@
 """Reading a recipe from a file: YAML or JSON, no key twice."""
 
 from pathlib import Path
+from shlex import quote
 
 import yaml
 
 from qschema.recipe import Recipe
-from qschema.strict import DocumentError, Json, load_json
+from qschema.strict import DocumentError, Json, check_characters, load_json
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -30,6 +31,7 @@ def load_yaml(path: Path) -> Json:
         raise DocumentError.of(path, "$", "yaml-syntax", "nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DocumentError.of(path, "$", "yaml-syntax", " ".join(str(error).split())) from None
+    check_characters(document, file=str(path))
     return document
 
 
@@ -42,4 +44,12 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise DocumentError.of(path, "", "recipe-missing", "no such file")
     document = load_json(path) if path.suffix == ".json" else load_yaml(path)
+    if isinstance(document, dict) and document.get("document") == "qconvert-plan":
+        raise DocumentError.of(
+            path,
+            "$.document",
+            "recipe-document",
+            f"is a plan, not a recipe; convert by it with: qconvert apply {quote(str(path))} "
+            "OUT_DIR",
+        )
     return Recipe.parse(document, file=str(path))

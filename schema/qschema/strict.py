@@ -202,12 +202,17 @@ def _shorten(text: str, found: object) -> str:
     return f"{hint}expected one of {len(values)}: {', '.join(map(repr, values[:5]))}, ..."
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def load_json(path: Path, *, constants: bool = False) -> Json:
     """Return the JSON document at `path`.
 
     `constants` allows NaN and Infinity, which Python writes into some models' config.json.
     Raises DocumentError for text that is not UTF-8, not JSON, has a key twice, or has NaN/Infinity
-    (none of them JSON), with line and column; OSError if the file can't be read.
+    (none of them JSON), with line and column, and for half a character in a string, with its path;
+    OSError if the file can't be read.
     """
     return parse_json(path.read_bytes(), file=str(path), constants=constants)
 
@@ -234,7 +239,31 @@ def parse_json(data: bytes, *, file: str, constants: bool = False) -> Json:
     except ValueError as error:
         # Python's own limit on the digits of an integer
         raise DocumentError.of(file, "$", "json-number", str(error).split(";")[0]) from None
+    # raw text that is UTF-8 has no halves: only an escape can stand for one
+    if _ESCAPED_HALF.search(data):
+        check_characters(document, file=file)
     return document
+
+
+def check_characters(document: Json, *, file: str) -> None:
+    """Raise DocumentError for the first key or value that holds half a character, a surrogate.
+
+    No UTF-8 can stand for one: neither a file nor a terminal could be told of it.
+    """
+    waiting: list[tuple[tuple[int | str, ...], Json]] = [((), document)]
+    while waiting:
+        place, node = waiting.pop()
+        kind = "value"
+        text = node if isinstance(node, str) else ""
+        if isinstance(node, dict):
+            kind, text = "key", "".join(node)
+            waiting += [((*place, key), value) for key, value in reversed(node.items())]
+        elif isinstance(node, list):
+            inside = [((*place, number), value) for number, value in enumerate(node)]
+            waiting += reversed(inside)
+        if _HALF.search(text):
+            message = f"a {kind} holds half a character (a surrogate)"
+            raise DocumentError.of(file, json_path(place), "json-surrogate", message)
 
 
 class _Rejected(Exception):
@@ -245,10 +274,6 @@ class _Rejected(Exception):
 
 def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     result = dict(pairs)
-    try:
-        "".join(result).encode()
-    except UnicodeEncodeError:
-        raise _Rejected("json-surrogate", "a key holds half a character (a surrogate)") from None
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:

@@ -10,7 +10,9 @@ from pydantic import Field
 from qschema.plan import Tool
 from qschema.strict import Strict
 
-Stage: TypeAlias = Literal["plan", "start", "read", "encode", "digest", "write", "sync", "wait"]
+Stage: TypeAlias = Literal[
+    "plan", "start", "read", "encode", "digest", "write", "sync", "wait", "finish"
+]
 
 
 class StageTime(Strict):

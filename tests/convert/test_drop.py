@@ -112,7 +112,6 @@ def test_headers_index_and_report_leave_out_what_is_dropped(tmp_path: Path) -> N
 
 
 def test_the_rest_has_the_bytes_that_it_has_without(tmp_path: Path) -> None:
-    (tmp_path / "all").mkdir()
     run(LLAMA, tmp_path / "whole")
     run(LLAMA, tmp_path / "part", drop=["model.layers.1"])
 
@@ -237,6 +236,38 @@ def test_dropping_all_that_is_quantized_is_refused(make: Make) -> None:
 
     with pytest.raises(ValueError, match="the recipe quantizes none of the weights"):
         make_plan(open_checkpoint(source), recipe(drop=["*.up_proj"]))
+
+
+@pytest.mark.parametrize("fields", [{"algo": "MXFP8"}, {"kv_cache": "FP8"}])
+def test_dropping_everything_is_refused(make: Make, fields: dict[str, str]) -> None:
+    source = make(projections("mlp.up_proj"))
+    asked = recipe(drop=["*"], **fields)
+
+    with pytest.raises(ValueError, match=r"the recipe (drops every tensor|quantizes none)"):
+        make_plan(open_checkpoint(source), asked)
+
+
+def test_a_cache_of_nothing_is_refused(tmp_path: Path) -> None:
+    done = qconvert(LLAMA, tmp_path / "out", "--kv-cache", "FP8", "--drop", "*")
+
+    assert done.returncode == 1
+    assert done.stderr == f"qconvert: {LLAMA}: the recipe drops every tensor; nothing is left\n"
+
+
+@pytest.mark.parametrize("letter", ["k", "v"])
+def test_a_scale_goes_with_the_projection_that_it_is_of(tmp_path: Path, letter: str) -> None:
+    cache = {f"model.layers.{layer}.self_attn": {"k": 448.0, "v": 224.0} for layer in (0, 1)}
+    statistics = measured(tmp_path, inputs={f"{LAYER}.mlp.down_proj": 3.0}, kv_cache=cache)
+    asked = recipe(algo="MXFP8", kv_cache="FP8", drop=[f"model.layers.1.*.{letter}_proj*"])
+
+    plan = make_plan(open_checkpoint(LLAMA), asked, statistics)
+
+    other = "v" if letter == "k" else "k"
+    assert {constant.output.name for constant in plan.constants} == {
+        f"{LAYER}.self_attn.k_proj.k_scale",
+        f"{LAYER}.self_attn.v_proj.v_scale",
+        f"model.layers.1.self_attn.{other}_proj.{other}_scale",
+    }
 
 
 def test_recipe_and_option_say_the_same(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`qconvert plan` and `qconvert apply`: the same bytes as in one step, and no stale plan."""
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from qschema import __version__
 from qschema.plan import Plan
 from qschema.strict import Json
 
-from .conversion import CHECKPOINTS, amax_of, digests, measured
+from .conversion import CHECKPOINTS, amax_of, digests, measured, report_in
 from .test_cli import qconvert
 from .test_cli_plans import llama_stats
 
@@ -41,7 +41,7 @@ def edited(file: Path, change: Callable[[dict[str, Json]], object]) -> Path:
     ("source", "words"),
     [
         (LLAMA, ["--algo", "FP8_PB_WO", "--exclude", "model.layers.0"]),
-        (SINGLE, ["--algo", "MXFP8", "--drop", "model.layers.1", "--leave", "*.jinja"]),
+        (SINGLE, ["--algo", "MXFP8", "--drop", "model.layers.0.mlp", "--leave", "*.jinja"]),
         (LLAMA, ["--algo", "NVFP4", "--amax", "stats.json", "--kv-cache", "FP8"]),
     ],
     ids=["shards", "one-file", "statistics"],
@@ -60,6 +60,9 @@ def test_two_steps_give_the_bytes_of_one(
     two = qconvert("apply", "../p.json", "../two", "--workers", "1", "--memory-budget", "32MiB")
 
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert ("--drop" in words) == any(
+        entry.action == "drop" for entry in report_in(tmp_path / "two").tensors
+    )
     assert one.stderr == two.stderr
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
@@ -91,20 +94,6 @@ def test_a_digest_is_that_of_every_machine(tmp_path: Path) -> None:
     assert here.sha256() == there.sha256()
 
 
-def test_a_file_that_exists_stays_unless_forced(tmp_path: Path) -> None:
-    file = tmp_path / "p.json"
-    file.write_text("precious")
-
-    refused = qconvert("plan", LLAMA, "--algo", "FP8_PB_WO", "-o", file)
-    assert (refused.returncode, file.read_text()) == (1, "precious")
-    assert f"{file}: exists; --force replaces it" in refused.stderr
-
-    forced = qconvert("plan", LLAMA, "--algo", "FP8_PB_WO", "-o", file, "--force")
-    assert (forced.returncode, forced.stderr) == (0, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
-    assert json.loads(file.read_text())["document"] == "qconvert-plan"
-
-
 def test_asked_a_plan_says_what_a_run_takes_and_what_comes_next(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
 
@@ -120,54 +109,112 @@ def test_asked_a_plan_says_what_a_run_takes_and_what_comes_next(tmp_path: Path) 
     assert further == f"{file}: 21 steps; convert with: qconvert apply {file} OUT_DIR"
 
 
-def test_a_device_that_is_not_here_leaves_out_the_marks(tmp_path: Path) -> None:
-    done = qconvert("plan", LLAMA, "--algo", "FP8_PB_WO", "--device", "cuda:99")
+def test_a_device_that_is_not_here_leaves_the_mark_of_disk() -> None:
+    words = ["plan", LLAMA, "--algo", "FP8_PB_WO", "-v", "--device"]
+    here, there = (qconvert(*words, device) for device in ("cpu", "cuda:99"))
 
-    assert done.returncode == 0
-    assert done.stderr.startswith("note: no estimate of disk and memory: --device cuda:99")
-    assert json.loads(done.stdout)["high_water"] is None
-
-
-def test_source_and_statistics_may_have_moved(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    shutil.copytree(LLAMA, tmp_path / "old" / "llama")
-    stats = llama_stats(tmp_path / "old")
-    words = ["--algo", "FP8", "--amax", stats]
-    file = planned(tmp_path, tmp_path / "old" / "llama", *words)
-    (tmp_path / "old").rename(tmp_path / "new")
-
-    lost = qconvert("apply", file, tmp_path / "out")
-    found = qconvert(
-        "apply", file, tmp_path / "out", "--source", tmp_path / "new" / "llama",
-        "--amax", tmp_path / "new" / "stats.json",
-    )  # fmt: skip
-
-    assert lost.returncode == 1
-    assert f"{tmp_path / 'old' / 'llama'}: checkpoint-missing: does not exist" in lost.stderr
-    assert (found.returncode, found.stderr) == (0, "")
+    assert there.returncode == 0
+    note, needs = there.stderr.splitlines()
+    assert note.startswith("note: no estimate of memory: --device cuda:99")
+    assert re.fullmatch(r"a run needs 17\.\d MiB of disk at most", needs)
+    assert json.loads(there.stdout)["high_water"] == {
+        "device": "cuda:99",
+        "workers": None,
+        "memory_budget": 1 << 30,
+        "disk_nbytes": json.loads(here.stdout)["high_water"]["disk_nbytes"],
+        "host_nbytes": None,
+        "gpu_nbytes": None,
+    }
 
 
-def test_a_link_to_the_statistics_stays_one(tmp_path: Path) -> None:
-    """As in a hub's cache: a folder of links, in which the vectors lie under their name."""
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "links").mkdir()
-    llama_stats(tmp_path / "blobs").rename(tmp_path / "blobs" / "0a1b")
-    (tmp_path / "links" / "stats.json").symlink_to(tmp_path / "blobs" / "0a1b")
-
-    file = planned(tmp_path, LLAMA, "--algo", "FP8", "--amax", tmp_path / "links" / "stats.json")
-
-    named = json.loads(file.read_text())["where"]["statistics"]
-    assert named == str(tmp_path.resolve() / "links" / "stats.json")
+def by_name(document: Json) -> Json:
+    """Return `document` with the keys of all its objects in another order than it had."""
+    if isinstance(document, dict):
+        return {key: by_name(document[key]) for key in sorted(document, reverse=True)}
+    return [by_name(value) for value in document] if isinstance(document, list) else document
 
 
-def test_a_place_that_json_cannot_name_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / os.fsdecode(b"caf\xe9")
-    shutil.copytree(LLAMA, source)
+def test_a_plan_that_was_only_reformatted_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the order of keys, as that of quantized_layers, decides bytes of the output."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "rules: [{match: '*.self_attn.*', algo: MXFP8}, {match: '*', algo: FP8_PB_WO}]\n"
+    )
+    file = planned(tmp_path, LLAMA, "--recipe", recipe)
+    text = file.read_text()
+    file.write_text(json.dumps(by_name(json.loads(text))))
 
-    done = qconvert("plan", source, "--algo", "FP8_PB_WO")
+    one = qconvert(LLAMA, "one", "--recipe", recipe)
+    two = qconvert("apply", file, "two")
+
+    layers = [json.loads(found)["quantized_layers"] for found in (text, file.read_text())]
+    assert list(layers[0]) != list(layers[1])
+    assert (one.returncode, two.returncode, two.stderr) == (0, 0, one.stderr)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["recipe"].update(allow_nonfinite=True),
+        lambda plan: plan["recipe"].update(digest="sha256"),
+        lambda plan: plan["recipe"].update(fail_if=["sqnr<1"]),
+        lambda plan: plan.update(plan_sha256="0" * 64),
+        lambda plan: plan.pop("plan_sha256"),
+    ],
+    ids=["nonfinite", "digest", "gate", "other-digest", "no-digest"],
+)
+def test_an_edit_that_changes_no_tensor_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Json]], object]
+) -> None:
+    file = edited(planned(tmp_path), change)
+
+    done = qconvert("apply", file, tmp_path / "out")
 
     assert done.returncode == 1
-    assert "caf\\xe9: a plan can't name a path that is not UTF-8" in done.stderr
+    assert done.stderr.startswith(f"qconvert: {file}::$.plan_sha256: plan-edited: is ")
+    assert "edited after it was made; plan again with the recipe you want\n" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_said_of_a_machine_may_be_edited(tmp_path: Path) -> None:
+    file = edited(planned(tmp_path), lambda plan: plan.update(high_water=None))
+
+    assert qconvert("apply", file, tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda plan: plan["where"].update(source=""), "$.where.source: string-pattern-mismatch"),
+        (lambda plan: plan["where"].update(source="in"), "$.where.source: string-pattern-mismatch"),
+        (
+            lambda plan: plan["where"].update(statistics="/a\0b"),
+            "$.where.statistics: string-pattern-mismatch",
+        ),
+        (
+            lambda plan: plan["units"][0]["steps"][0].update(reason="\ud800"),
+            "$.units[0].steps[0].reason: json-surrogate: a value holds half a character",
+        ),
+        (
+            lambda plan: plan["where"].update(source="/\udfff"),
+            "$.where.source: json-surrogate: a value holds half a character",
+        ),
+    ],
+)
+def test_text_that_names_nothing_is_one_finding(
+    tmp_path: Path, change: Callable[[dict[str, Json]], object], finding: str
+) -> None:
+    file = edited(planned(tmp_path), change)
+
+    done = qconvert("apply", file, tmp_path / "out")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"qconvert: {file}::{finding}")
+    assert done.stderr.count("\n") == 1
 
 
 def edit_place(document: dict[str, Json]) -> None:

@@ -153,6 +153,56 @@ def test_what_an_earlier_run_did_is_taken_over_unless_told_otherwise(tmp_path: P
     assert reused("--fresh") == (0, "")
 
 
+def test_timings_are_no_file_of_a_checkpoint(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(LLAMA, source)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "link").symlink_to(source)
+    before = digests(source)
+    words = ["--algo", "FP8_PB_WO", "--timings"]
+
+    for file in (source / "config.json", source / "t.json", tmp_path / "link" / "t.json"):
+        done = qconvert(source, out, *words, file)
+        assert done.returncode == 1
+        assert f"--timings {file}: lies in {source}; write it elsewhere" in done.stderr
+    inside = qconvert(source, out, *words, tmp_path / "out.partial" / "t.json")
+    assert f"lies in {tmp_path.resolve() / 'out.partial'}" in inside.stderr
+    assert digests(source) == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["precious", "{}", '{"document": "qconvert-plan"}', "[]"])
+def test_what_is_no_timings_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "notes"
+    file.write_text(text)
+
+    done = qconvert(LLAMA, tmp_path / "out", "--algo", "FP8_PB_WO", "--timings", file)
+
+    assert (done.returncode, file.read_text()) == (1, text)
+    assert f"--timings {file}: exists and holds no timings; nothing else is" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_file_is_free_for_timings(tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    file.touch()
+
+    assert qconvert(LLAMA, tmp_path / "out", "--algo", "MXFP8", "--timings", file).returncode == 0
+    assert json.loads(file.read_text())["document"] == "qconvert-timings"
+
+
+def test_timings_that_cannot_be_written_leave_a_checkpoint_that_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    done = qconvert(LLAMA, out, "--algo", "FP8_PB_WO", "--timings", "/dev/full")
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"qconvert: /dev/full: No space left on device; the checkpoint {out} is complete\n"
+    )
+    assert (out / "config.json").exists()
+
+
 def test_timings_replace_those_of_an_earlier_run(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     for out, workers in (("a", "1"), ("b", "2")):

@@ -72,6 +72,30 @@ def test_text_that_is_not_json_is_one_finding(text, rule):
     assert [finding.rule for finding in caught.value.findings] == [rule]
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (b'{"a": [0, {"b": "x\\uD800"}], "c": "\\udfff"}', "$.a[1].b"),
+        (b'["\\udc00\\ud83d"]', "$[0]"),
+        (b'{"a": {"\\uDEAD": 1}}', "$.a"),
+        (b'"\\ud83d"', "$"),
+    ],
+)
+def test_half_a_character_is_one_finding_with_its_path(text, place):
+    with pytest.raises(DocumentError) as caught:
+        parse_json(text, file="x.json")
+
+    (finding,) = caught.value.findings
+    assert (finding.rule, finding.where) == ("json-surrogate", place)
+
+
+def test_both_halves_make_a_character():
+    assert parse_json(b'["\\ud83d\\ude00", "\\\\ud800"]', file="x.json") == [
+        "\U0001f600",
+        "\\ud800",
+    ]
+
+
 def test_verbatim_model_made_in_python_keeps_the_order_of_its_arguments():
     made = Producer(version="1", name="modelopt")
 

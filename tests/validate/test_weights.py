@@ -160,6 +160,47 @@ def test_the_command_compares_weights_without_an_engine(tmp_path: Path) -> None:
     assert "in rows 0 to 127, columns 128 to 255, the worst of 4 scale groups" in result.stdout
 
 
+def reported(path: Path, text: str) -> Path:
+    """Leave a converter's report in `path`; returns `path`."""
+    (path / "qconvert_report.json").write_text(text)
+    return path
+
+
+def without(tensors: dict[str, Tensor]) -> None:
+    for leaf in ("input_layernorm", "post_attention_layernorm"):
+        del tensors[f"model.layers.1.{leaf}.weight"]
+
+
+def test_what_was_dropped_is_a_note(tmp_path: Path) -> None:
+    path = rewrite(converted("llama", "FP8_PB_WO", tmp_path / "out"), without)
+    names = [f"model.layers.1.{leaf}_layernorm.weight" for leaf in ("input", "post_attention")]
+    entries = [{"source": name, "action": "drop"} for name in names]
+    entries.append({"source": "model.norm.weight", "action": "keep"})
+
+    reported(path, json.dumps({"tensors": entries}))
+
+    (finding,) = weight_findings(load(path), SOURCES / "llama")
+    assert (finding.rule, finding.severity) == ("tensor-dropped", "note")
+    assert finding.file == str(path / "qconvert_report.json")
+    assert all(name in finding.message for name in names)
+
+    reported(path, json.dumps({"tensors": entries[1:]}))
+    assert sorted(found(path, SOURCES / "llama")) == [
+        ("tensor-dropped", "$.tensors"),
+        ("tensor-missing", names[0]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"tensors": {}}', '{"tensors": [1, {"action": "drop", "source": 2}]}'],
+)
+def test_a_report_that_is_none_excuses_nothing(tmp_path: Path, text: str) -> None:
+    path = reported(rewrite(converted("llama", "FP8_PB_WO", tmp_path / "out"), without), text)
+
+    assert {rule for rule, _ in found(path, SOURCES / "llama")} == {"tensor-missing"}
+
+
 Rewrite = Callable[[dict[str, Tensor]], None]
 
 

@@ -11,7 +11,7 @@ from qschema.checkpoint import open_checkpoint
 from qschema.dtypes import HIGH_PRECISION
 from qschema.formats import Format
 from qschema.safetensors import Stored
-from qschema.strict import DocumentError, Finding
+from qschema.strict import DocumentError, Finding, load_json
 from qvalidate.context import LM_HEAD, Context, Module
 from qvalidate.decode import read
 from qvalidate.group_errors import Deviation, deviation
@@ -21,6 +21,8 @@ from qvalidate.rules.registry import Severity, some
 from qvalidate.smoothing import Smoothings, UnknownSmoothingError
 from qvalidate.sources import Origin, stacked_pairs
 
+# what the converter leaves in a checkpoint
+REPORT = "qconvert_report.json"
 # bytes of each side that are compared at a time
 _SLICE_NBYTES = 4 << 20
 
@@ -58,9 +60,14 @@ def _missing(context: Context, source: Origin) -> Iterator[Finding]:
     A stack of experts may be there as one weight per expert and projection.
     """
     here = context.checkpoint.tensors
+    dropped = _dropped(context.path / REPORT)
+    left_out = []
     for name, stored in source.checkpoint.tensors.items():
         is_head = name == f"{LM_HEAD}.weight" and context.is_tied
         if is_head or name in here or source.hub_name(name) in here:
+            continue
+        if name in dropped:
+            left_out.append(name)
             continue
         parts = source.parts(stored)
         is_split = any(part in here for part in parts)
@@ -68,6 +75,27 @@ def _missing(context: Context, source: Origin) -> Iterator[Finding]:
             wanted = parts.get(lost, stored)
             message = f"{wanted.dtype} {list(wanted.shape)} in {wanted.file}, is in no shard here"
             yield _finding(str(context.path), lost, "tensor-missing", message)
+    if left_out:
+        message = f"the conversion was asked to drop {some(left_out)}, and did"
+        yield _finding(str(context.path / REPORT), "$.tensors", "tensor-dropped", message, "note")
+
+
+def _dropped(report: Path) -> frozenset[str]:
+    """Return the source's tensors that the converter's report lists as dropped.
+
+    None without a report, or with one that is none: what is missing is then an error.
+    """
+    try:
+        document = load_json(report)
+    except (DocumentError, OSError):
+        return frozenset()
+    entries = document.get("tensors") if isinstance(document, dict) else None
+    names = [
+        entry.get("source")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and entry.get("action") == "drop"
+    ]
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _kept(context: Context, smoothings: Smoothings) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ LOADING: Mapping[str, str] = {
     "json-constant": "a JSON file has NaN or Infinity, which are not JSON",
     "json-duplicate-key": "a JSON object has a key twice",
     "json-number": "a JSON number is out of range",
-    "json-surrogate": "a JSON key holds half a character",
+    "json-surrogate": "a JSON key or value holds half a character",
     "json-syntax": "a file is not JSON",
     "json-utf8": "a JSON file is not UTF-8",
     "safetensors-dtype": "a tensor has a dtype that safetensors does not know",
@@ -47,6 +47,7 @@ WEIGHTS: Mapping[str, str] = {
     "smoothing-folded": "a norm has taken in the smoothing of the weights after it, which are "
     "compared by what it tells (note)",
     "weight-not-compared": "a weight was smoothed by what the two checkpoints do not tell (note)",
+    "tensor-dropped": "tensors of the source that qconvert_report.json lists as dropped (note)",
     "tensor-missing": "a tensor of the source is missing (lm_head.weight may be, where it is tied)",
 }
 
