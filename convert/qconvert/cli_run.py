@@ -1,5 +1,6 @@
 """What the commands have in common: opening, planning, converting, and what is said of it."""
 
+import gc
 import os
 import shlex
 import shutil
@@ -65,7 +66,10 @@ def opened(source: Path, amax: Path | None) -> Opened:
 def planned(source: Path, asked: Recipe, amax: Path | None) -> Job:
     """Return the job of converting `source` by the recipe `asked`."""
     found = opened(source, amax)
-    return found.with_plan(make_plan(found.checkpoint, asked, found.statistics))
+    plan = make_plan(found.checkpoint, asked, found.statistics)
+    # it stays to the end: no collection needs to walk through it, which takes long if it is large
+    gc.freeze()
+    return found.with_plan(plan)
 
 
 def with_marks(plan: Plan, machine: Machine) -> Plan:

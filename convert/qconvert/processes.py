@@ -115,6 +115,7 @@ def run_in_processes(
     known = [(folder, dict(records)) for folder, records in before]
     progress = Progress([0] * number, sum(unit_nbytes(unit) for unit in plan.units))
     children: dict[Connection, _Child] = {}
+    assignments: list[Assignment] = []
     try:
         for index, places in enumerate(parts):
             part = _part(plan, places, with_rest=index == 0)
@@ -130,8 +131,12 @@ def run_in_processes(
                 workers=max(1, workers // number),
                 budget=budget // number,
             )
-            child = _Child.start(assignment, places, lock)
+            child = _Child.start(places, lock)
             children[child.connection] = child
+            assignments.append(assignment)
+        # all of them are importing by now
+        for child, assignment in zip(children.values(), assignments, strict=True):
+            child.connection.send(assignment)
         waiting = set(children)
         while waiting:
             for ready in wait(list(waiting), timeout=0.1):
@@ -161,7 +166,8 @@ class _Child:
     peak_rss_nbytes: int = 0
 
     @classmethod
-    def start(cls, assignment: Assignment, places: list[int], lock: int) -> "_Child":
+    def start(cls, places: list[int], lock: int) -> "_Child":
+        """Return a process that waits for its assignment."""
         here, there = socket.socketpair()
         descriptor = there.fileno()
         argv = [sys.executable, "-m", "qconvert.process_worker", str(descriptor), str(os.getpid())]
@@ -173,14 +179,7 @@ class _Child:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         there.close()
-        connection = Connection(here.detach())
-        child = cls(process, connection, places)
-        try:
-            connection.send(assignment)
-        except BaseException:
-            child.end()
-            raise
-        return child
+        return cls(process, Connection(here.detach()), places)
 
     def receive(self) -> Record | int | tuple[Done, int]:
         """Return the next message. Raises what the process raised, or ConvertError if it died."""

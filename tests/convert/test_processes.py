@@ -140,8 +140,8 @@ from pathlib import Path
 from qconvert import pipeline, processes
 from tests_conversion import run, two
 real = processes._Child.start.__func__
-def start(cls, assignment, places, lock):
-    child = real(cls, assignment, places, lock)
+def start(cls, places, lock):
+    child = real(cls, places, lock)
     print(child.process.pid, flush=True)
     return child
 processes._Child.start = classmethod(start)
