@@ -113,7 +113,6 @@ def draw(panels: list[Panel], *, x_label: str, title: str) -> str:
     for panel in panels:
         for series in panel.series:
             legend.setdefault(series.label, series)
-    xs = steps(max(x for s in legend.values() for x, _ in s.points))
     width = (WIDTH - LEFT - GAP * (len(panels) - 1) - 16) / len(panels)
     height = max(HEIGHT, LEGEND_TOP + math.ceil(len(legend) / 3) * LEGEND_STEP)
     size = f"width='{WIDTH}' height='{height}' viewBox='0 0 {WIDTH} {height}'"
@@ -123,6 +122,7 @@ def draw(panels: list[Panel], *, x_label: str, title: str) -> str:
     ]
     for number, panel in enumerate(panels):
         left = LEFT + number * (width + GAP)
+        xs = steps(max(x for series in panel.series for x, _ in series.points))
         lines += draw_panel(panel, left, left + width, x_label, xs)
     lines += [*draw_legend(list(legend.values())), "</svg>"]
     return "\n".join(lines) + "\n"
