@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial as partial_run
 from pathlib import Path
 from time import perf_counter
 
@@ -29,8 +28,8 @@ from qconvert.output import (
     check_space,
     partial_directory,
 )
-from qconvert.pipeline import Progress, run
-from qconvert.processes import run_in_processes, shares
+from qconvert.pipeline import Progress
+from qconvert.processes import run
 from qconvert.reports import report_bytes, report_head, reports_of
 from qconvert.side_files import REPORT
 from qconvert.smoothing import Vectors
@@ -106,13 +105,12 @@ def convert(
         source, vectors = identify(checkpoint), vector_files(statistics)
         with partial_directory(output, header_of(plan, digest, source), fresh=fresh) as partial:
             check_space(output, needed_nbytes(plan) - partial.allocated_nbytes)
-            parts = shares(plan, max(1, len(device.processes)))
-            runner = partial_run(run_in_processes, parts=parts, lock=partial.lock)
-            done = (runner if len(parts) > 1 else run)(
+            done = run(
                 plan,
                 source=checkpoint.path,
                 output=partial.path,
                 journal=partial.journal,
+                lock=partial.lock,
                 before=partial.before,
                 vectors=Vectors(statistics),
                 device=device,

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from qconvert import pipeline
 from qconvert.backends import Device
 from qconvert.errors import ConvertError
 from qconvert.files import output_files
@@ -91,9 +92,8 @@ def shares(plan: Plan, number: int) -> list[list[int]]:
     return [sorted(share) for share in found if share]
 
 
-def run_in_processes(
+def run(
     plan: Plan,
-    parts: list[list[int]],
     *,
     source: Path,
     output: Path,
@@ -106,11 +106,26 @@ def run_in_processes(
     budget: int,
     watch: Callable[[Progress], None],
 ) -> Done:
-    """Do what `pipeline.run` does, each of `parts` (places of units) in a process of its own.
+    """Do what `pipeline.run` does, in a process for each of `device.processes` that has a share.
 
-    `lock` is the descriptor of the partial directory's lock. The first error ends the others.
+    In this one, if no more than one has. `lock` is the descriptor of the partial directory's lock.
+    The first error ends all.
     """
+    parts = shares(plan, max(1, len(device.processes)))
     number = len(parts)
+    if number < 2:
+        return pipeline.run(
+            plan,
+            source=source,
+            output=output,
+            journal=journal,
+            before=before,
+            vectors=vectors,
+            device=device,
+            workers=workers,
+            budget=budget,
+            watch=watch,
+        )
     codecs = sorted({find(algo).codec for algo in plan.algos})
     known = [(folder, dict(records)) for folder, records in before]
     progress = Progress([0] * number, sum(unit_nbytes(unit) for unit in plan.units))

@@ -8,6 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from .interrupted import converted, stop_after
+
+__all__ = ["converted", "stop_after"]
+
 CHECKPOINTS = Path(__file__).parents[2] / "fixtures" / "checkpoints"
 
 

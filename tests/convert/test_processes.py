@@ -104,7 +104,7 @@ def test_a_source_that_vanishes_names_the_file(
         (source / "a.safetensors").unlink()
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("qconvert.convert.shares", removed)
+    monkeypatch.setattr("qconvert.processes.shares", removed)
 
     with pytest.raises(ConvertError, match=r"a.safetensors: No such file or directory"):
         run(source, tmp_path / "out", device=two("FP8_PB_WO"))

@@ -2,93 +2,18 @@
 
 import os
 import resource
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from qconvert import units
-from qconvert.backends import resolve
-from qconvert.convert import Outcome, convert
 from qconvert.errors import ConvertError
 from qconvert.planner import make_plan
-from qconvert.statistics import Statistics
 from qschema.checkpoint import open_checkpoint
-from qschema.plan import Unit
-from qschema.recipe import Recipe
 
 from .conversion import CHECKPOINTS, Make, digests, recipe, wide
-
-BUDGET = 2 << 20
-
-
-class StopError(Exception):
-    """Stands for whatever ends a run early."""
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], "contextmanager[None]"]:
-    """Return a context in which a conversion ends with StopError after so many units."""
-
-    @contextmanager
-    def stopping(count: int) -> Iterator[None]:
-        real, done = units.UnitWorker.convert, []
-
-        def counted(self: units.UnitWorker, unit: Unit) -> object:
-            if len(done) == count:
-                raise StopError
-            done.append(unit)
-            return real(self, unit)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(units.UnitWorker, "convert", counted)
-            with pytest.raises(StopError):
-                yield
-
-    return stopping
-
-
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the tensors that are converted from now on, as they are."""
-    names: list[str] = []
-    real = units.UnitWorker.convert
-
-    def noted(self: units.UnitWorker, unit: Unit) -> object:
-        names.extend(step.source.name for step in unit.steps)
-        return real(self, unit)
-
-    monkeypatch.setattr(units.UnitWorker, "convert", noted)
-    return names
-
-
-def go(
-    source: Path,
-    output: Path,
-    asked: Recipe | None = None,
-    *,
-    fresh: bool = False,
-    workers: int = 1,
-) -> Outcome:
-    """Convert, and return what came of it."""
-    checkpoint = open_checkpoint(source)
-    return convert(
-        checkpoint,
-        make_plan(checkpoint, asked or recipe()),
-        output,
-        statistics=Statistics(),
-        device=resolve("cpu", codecs=["fp8_pb_wo", "mxfp8"]),
-        workers=1,
-        budget=BUDGET,
-        watch=lambda progress: None,
-        fresh=fresh,
-    )
-
-
-Stop = Callable[[int], "contextmanager[None]"]
+from .interrupted import Stop, go
 
 
 def test_a_second_run_redoes_only_what_is_missing(
@@ -130,48 +55,6 @@ def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path, stop_after: Stop)
     assert not list(tmp_path.iterdir())
 
 
-def test_running_again_after_the_end_does_nothing(tmp_path: Path, converted: list[str]) -> None:
-    go(CHECKPOINTS / "llama", tmp_path / "out")
-    before = digests(tmp_path / "out")
-    converted.clear()
-
-    outcome = go(CHECKPOINTS / "llama", tmp_path / "out")
-
-    assert outcome.done_before
-    assert not converted
-    assert digests(tmp_path / "out") == before
-
-
-def test_another_plan_does_not_pass_for_the_finished_one(tmp_path: Path) -> None:
-    go(CHECKPOINTS / "llama", tmp_path / "out")
-
-    with pytest.raises(ConvertError, match="exists and is not empty; nothing is overwritten"):
-        go(CHECKPOINTS / "llama", tmp_path / "out", recipe(algo="MXFP8"))
-
-
-def test_a_finished_output_that_lost_a_file_is_no_success(tmp_path: Path) -> None:
-    go(CHECKPOINTS / "llama", tmp_path / "out")
-    shard = next((tmp_path / "out").glob("*.safetensors"))
-    os.truncate(shard, shard.stat().st_size - 1)
-
-    with pytest.raises(ConvertError, match=r"is not as it was; remove the directory"):
-        go(CHECKPOINTS / "llama", tmp_path / "out")
-
-
-def test_killed_between_rename_and_clean_up(tmp_path: Path, converted: list[str]) -> None:
-    source = CHECKPOINTS / "llama"
-    go(source, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "out")
-    (tmp_path / "out" / ".qconvert").mkdir()
-    (tmp_path / "out" / ".qconvert" / "journal").write_text("x")
-    converted.clear()
-
-    assert go(source, tmp_path / "out").done_before
-
-    assert not converted
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
 def test_a_changed_recipe_redoes_only_what_it_touches(
     tmp_path: Path, stop_after: Stop, converted: list[str]
 ) -> None:
@@ -209,15 +92,6 @@ def test_plans_that_alternate_lose_nothing(
 
     assert len(converted) <= len(open_checkpoint(source).tensors) - 8
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def edited_in_place(path: Path) -> None:
-    """Change a byte and set the time back."""
-    status = path.stat()
-    with open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x01")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def damage_journal(partial: Path) -> None:
@@ -378,38 +252,6 @@ def test_what_is_reused_is_counted_once(tmp_path: Path, stop_after: Stop) -> Non
     assert 0 < timings.reused_nbytes < timings.source_nbytes
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "tokenizer.json"])
-def test_a_source_that_was_modified_after_the_end_is_not_complete_already(
-    tmp_path: Path, name: str
-) -> None:
-    source = tmp_path / "in"
-    shutil.copytree(CHECKPOINTS / "llama", source)
-    go(source, tmp_path / "out")
-    data = (source / name).read_bytes()
-    (source / name).write_bytes(data)
-
-    with pytest.raises(ConvertError, match=rf"{name} was modified after it was made"):
-        go(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_a_finished_output_whose_documents_changed_is_no_success(tmp_path: Path, name: str) -> None:
-    go(CHECKPOINTS / "llama", tmp_path / "out")
-    (tmp_path / "out" / name).write_text("{}")
-
-    with pytest.raises(ConvertError, match=rf"{name}: .* is not as it was"):
-        go(CHECKPOINTS / "llama", tmp_path / "out")
-
-
-def test_a_finished_output_whose_report_is_cut_is_no_success(tmp_path: Path) -> None:
-    go(CHECKPOINTS / "llama", tmp_path / "out")
-    report = tmp_path / "out" / "qconvert_report.json"
-    report.write_bytes(report.read_bytes()[:-10])
-
-    with pytest.raises(ConvertError, match="exists and is not empty"):
-        go(CHECKPOINTS / "llama", tmp_path / "out")
-
-
 def test_a_shard_that_could_not_be_flushed_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,91 +274,6 @@ def test_a_shard_that_could_not_be_flushed_is_made_again(
 
     assert names
     assert not Path(names[0]).exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda path: os.utime(path, ns=(0, 0)), "was modified"),
-        (edited_in_place, "was modified"),
-        (lambda path: path.write_bytes(path.read_bytes()), "was modified"),
-        (
-            lambda path: (shutil.copy2(path, f"{path}.new"), os.rename(f"{path}.new", path)),
-            "was replaced",
-        ),
-    ],
-)
-def test_a_source_that_changed_since_is_refused(
-    tmp_path: Path,
-    make: Make,
-    stop_after: Stop,
-    change: Callable[[Path], object],
-    problem: str,
-) -> None:
-    source = make(wide())
-    with stop_after(1):
-        go(source, tmp_path / "out")
-    change(source / "model.safetensors")
-
-    with pytest.raises(ConvertError, match=rf"model.safetensors {problem}; --fresh starts over"):
-        go(source, tmp_path / "out")
-
-    assert (tmp_path / "out.partial").exists()
-    go(source, tmp_path / "out", fresh=True)
-
-
-def test_another_source_under_the_same_output_is_refused(tmp_path: Path, stop_after: Stop) -> None:
-    with stop_after(4):
-        go(CHECKPOINTS / "llama", tmp_path / "out")
-
-    with pytest.raises(ConvertError, match="was begun from other files than these"):
-        go(CHECKPOINTS / "qwen3", tmp_path / "out")
-
-
-def test_a_source_that_changes_while_it_is_converted_is_refused(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make(wide())
-    real = units.UnitWorker.convert
-
-    def touched(self: units.UnitWorker, unit: Unit) -> object:
-        done = real(self, unit)
-        with open(source / "model.safetensors", "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\x01")
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(units.UnitWorker, "convert", touched)
-        with pytest.raises(ConvertError, match="was modified while it was converted"):
-            go(source, tmp_path / "out")
-
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ConvertError, match="--fresh starts over"):
-        go(source, tmp_path / "out")
-
-
-def test_a_source_that_changed_after_its_header_was_read_is_refused(
-    tmp_path: Path, make: Make
-) -> None:
-    source = make(wide())
-    checkpoint = open_checkpoint(source)
-    path = source / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b"model.norm", b"model.morn"))
-
-    with pytest.raises(ConvertError, match="changed after its header was read"):
-        convert(
-            checkpoint,
-            make_plan(checkpoint, recipe()),
-            tmp_path / "out",
-            statistics=Statistics(),
-            device=resolve("cpu", codecs=["fp8_pb_wo"]),
-            workers=1,
-            budget=BUDGET,
-            watch=lambda progress: None,
-        )
-
-    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_weight_with_nan_is_refused_again_when_it_was_allowed_before(
