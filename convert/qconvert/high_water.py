@@ -9,6 +9,7 @@ from qconvert.backends import Device
 from qconvert.convert import needed_nbytes
 from qconvert.errors import human
 from qconvert.pipeline import worker_share
+from qconvert.processes import split
 from qconvert.units import buffer_nbytes
 from qschema.plan import HighWater, Plan, Step
 
@@ -32,7 +33,7 @@ def high_water(plan: Plan, *, device: Device, workers: int, budget: int) -> High
     buffer = min(share, max(sizes, default=0))
     on_each = -(-workers // device.num_gpus) if device.num_gpus else 0
     runtime = _RUNTIME_NBYTES["cuda" if device.num_gpus else device.name]
-    runtime *= max(1, len(device.processes))
+    runtime *= max(1, len(split(plan, device=device, workers=workers)))
     return HighWater(
         device=device.name,
         workers=workers,

@@ -1,4 +1,4 @@
-"""Several processes for one conversion, one for each GPU: none waits for another one's Python.
+"""Several processes for one conversion, on a GPU each or some cores: no interpreter is waited for.
 
 What a process gets is an `Assignment`, a value: a plan of some of the shards, complete in itself,
 and where things lie. What it sends back are journal records, progress, and at the end what a run of
@@ -92,6 +92,26 @@ def shares(plan: Plan, number: int) -> list[list[int]]:
     return [sorted(share) for share in found if share]
 
 
+def split(plan: Plan, *, device: Device, workers: int) -> list[tuple[list[int], int]]:
+    """Return the share of each process and its number of threads, which are `workers` in all.
+
+    As many processes as `device` may have, every one of which has `device.process_nbytes` to do.
+    """
+    nbytes = [unit_nbytes(unit) for unit in plan.units]
+    number = max(1, min(len(device.processes), workers))
+    while True:
+        found = shares(plan, number)
+        sizes = [sum(nbytes[place] for place in share) for share in found]
+        if len(found) < 2 or min(sizes) >= device.process_nbytes:
+            break
+        number = len(found) - 1
+    threads = [1] * len(found)
+    for _ in range(workers - len(found)) if found else ():
+        busiest = max(range(len(found)), key=lambda index: sizes[index] / threads[index])
+        threads[busiest] += 1
+    return list(zip(found, threads, strict=True))
+
+
 def run(
     plan: Plan,
     *,
@@ -106,12 +126,12 @@ def run(
     budget: int,
     watch: Callable[[Progress], None],
 ) -> Done:
-    """Do what `pipeline.run` does, in a process for each of `device.processes` that has a share.
+    """Do what `pipeline.run` does, in as many of `device.processes` as the plan has work for.
 
-    In this one, if no more than one has. `lock` is the descriptor of the partial directory's lock.
-    The first error ends all.
+    In this one, if that is one. `lock` is the descriptor of the partial directory's lock. The first
+    error ends all.
     """
-    parts = shares(plan, max(1, len(device.processes)))
+    parts = split(plan, device=device, workers=workers)
     number = len(parts)
     if number < 2:
         return pipeline.run(
@@ -132,7 +152,7 @@ def run(
     children: dict[Connection, _Child] = {}
     assignments: list[Assignment] = []
     try:
-        for index, places in enumerate(parts):
+        for index, (places, threads) in enumerate(parts):
             part = _part(plan, places, with_rest=index == 0)
             files = {shard.file for shard in part.shards}
             assignment = Assignment(
@@ -143,8 +163,8 @@ def run(
                 vectors=dict(vectors.stored_tensors),
                 device=device.processes[index],
                 codecs=codecs,
-                workers=max(1, workers // number),
-                budget=budget // number,
+                workers=threads,
+                budget=budget * threads // workers,
             )
             child = _Child.start(places, lock)
             children[child.connection] = child

@@ -16,7 +16,7 @@ from qconvert import processes
 from qconvert.backends import Device, resolve
 from qconvert.errors import ConvertError
 from qconvert.planner import make_plan
-from qconvert.processes import shares
+from qconvert.processes import shares, split
 from qschema.checkpoint import open_checkpoint
 from qschema.formats import find
 
@@ -26,8 +26,9 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def two(algo: str) -> Device:
-    """Return the CPU, in two processes."""
-    return replace(resolve("cpu", codecs=[find(algo).codec]), processes=("cpu", "cpu"))
+    """Return the CPU, in two processes, however little there is to do."""
+    device = resolve("cpu", codecs=[find(algo).codec])
+    return replace(device, processes=("cpu", "cpu"), process_nbytes=0)
 
 
 def children() -> Iterator[int]:
@@ -80,6 +81,46 @@ def test_a_shard_is_in_one_share_with_all_that_shares_a_scale() -> None:
         {step.source.file for place in share for step in plan.units[place].steps} for share in found
     ]
     assert sum(map(len, files)) == len(set().union(*files))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers", "least", "expected"),
+    [
+        pytest.param([4, 4, 4, 4], 16, 4, [4, 4, 4, 4], id="even"),
+        pytest.param([4, 4, 4, 3], 16, 4, [8, 4, 4], id="one has too little"),
+        pytest.param([16, 4, 4, 4], 16, 4, [9, 3, 2, 2], id="threads go where the bytes are"),
+        pytest.param([40, 1], 16, 2, [16], id="one shard has nearly all"),
+        pytest.param([4, 4, 4, 4], 2, 0, [1, 1], id="fewer workers than processes"),
+        pytest.param([4], 3, 0, [3], id="one shard"),
+    ],
+)
+def test_processes_for_what_pays(
+    make: Make, sizes: list[int], workers: int, least: int, expected: list[int]
+) -> None:
+    """All threads that were asked for have a process, and no process has less than it costs."""
+    unit = 128 * 4
+    shards = {
+        f"{number}.safetensors": {
+            f"model.layers.{number}.mlp.down_proj.weight": torch.ones(size, 128)
+        }
+        for number, size in enumerate(sizes)
+    }
+    plan = make_plan(open_checkpoint(make(shards=shards)), recipe(algo="FP8_PB_WO"))
+    device = replace(two("FP8_PB_WO"), processes=("cpu",) * 4, process_nbytes=least * unit)
+
+    found = split(plan, device=device, workers=workers)
+
+    assert [threads for _, threads in found] == expected
+    assert sorted(place for places, _ in found for place in places) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize(("cores", "number"), [(2, 0), (7, 0), (8, 2), (16, 4), (33, 8)])
+def test_cores_share_an_interpreter_by_four(
+    monkeypatch: pytest.MonkeyPatch, cores: int, number: int
+) -> None:
+    monkeypatch.setattr("qconvert.backends._num_cores", lambda: cores)
+
+    assert len(resolve("cpu", codecs=["FP8_PB_WO"]).processes) == number
 
 
 def test_an_error_of_one_process_is_that_of_the_run(tmp_path: Path, make: Make) -> None:

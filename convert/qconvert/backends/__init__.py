@@ -19,6 +19,11 @@ from qschema.formats import Format
 # transposed weights, which have source and outputs twice
 GPU_SLICE_NBYTES = 16 << 20
 CPU_SLICE_NBYTES = 4 << 20
+# more threads than these wait for one interpreter (benchmarks/tried.csv)
+_CORES_PER_PROCESS = 4
+# a process starts in a third of a second, or in five with torch and a CUDA context
+_CPU_PROCESS_NBYTES = 2 << 30
+_GPU_PROCESS_NBYTES = 50 << 30
 DEVICE_PATTERN = re.compile(r"auto|cpu|cuda|cuda:\d{1,4}(,cuda:\d{1,4})*", re.ASCII)
 
 
@@ -92,8 +97,10 @@ class Device:
     # bytes of device memory per byte of a worker's buffer, at most; all workers' are in the budget
     device_factor: float = 0.0
     num_gpus: int = 0
-    # what to resolve in each of several processes, where those do better than one
+    # what to resolve in each of several processes, where those do better than one, and the bytes of
+    # source from which on a process is worth its start
     processes: tuple[str, ...] = ()
+    process_nbytes: int = 0
 
 
 def is_device_name(text: str) -> bool:
@@ -118,7 +125,13 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
     if not device.startswith("cuda") and available() and all(supports(name) for name in codecs):
         from qconvert.backends.native import NativeBackend
 
-        return Device("cpu (native)", _num_cores(), NativeBackend)
+        return Device(
+            "cpu (native)",
+            _num_cores(),
+            NativeBackend,
+            processes=_several("cpu", _num_cores() // _CORES_PER_PROCESS),
+            process_nbytes=_CPU_PROCESS_NBYTES,
+        )
     num_gpus = count_gpus() if device != "cpu" else 0
     if device.startswith("cuda") and max(wanted, default=0) >= num_gpus:
         raise ConvertError(f"--device {device}: this machine shows {num_gpus} CUDA devices")
@@ -136,6 +149,7 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
             device_factor=1.0,
             num_gpus=len(names),
             processes=names if len(names) > 1 else (),
+            process_nbytes=_GPU_PROCESS_NBYTES,
         )
     from qconvert.backends.torch_cpu import TorchBackend
 
@@ -144,6 +158,11 @@ def resolve(device: str, *, codecs: list[str]) -> Device:
         "many times slower"
     )
     return Device("cpu (torch)", _num_cores(), TorchBackend, remark=remark)
+
+
+def _several(name: str, number: int) -> tuple[str, ...]:
+    """Return `name` as often as `number` says, and nothing for less than two."""
+    return (name,) * number if number > 1 else ()
 
 
 def _gpus(names: tuple[str, ...]) -> Callable[[int], Backend]:
