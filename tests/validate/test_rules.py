@@ -17,15 +17,17 @@ from qschema.strict import Finding
 from qvalidate.loader import load
 from qvalidate.rules import RULES, run
 from qvalidate.rules.vllm_support import SUPPORT
+from qvalidate.targets import parse_targets
 from qvalidate.validation import predict
 
 FORMATS = [*formats(), MIXED]
+(VLLM,) = parse_targets("vllm")
 # no Linear of the model has columns for the format
 TOO_NARROW = {("llama_odd", "W4A16_AWQ"), ("llama_odd", "W4A8_AWQ")}
 
 
 def check(path: Path, engine: str | None = None) -> list[Finding]:
-    return list(run(load(path), engine=engine))
+    return list(run(load(path), parse_targets(engine) if engine else ()))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -250,7 +252,7 @@ def test_prediction_is_what_vllm_does(name: str, expected: str, tmp_path: Path) 
     fault.plant(made)
     findings = check(made.write(tmp_path / "made"), "vllm")
 
-    assert predict(findings, engine="vllm")[0] == expected
+    assert predict(findings, VLLM)[0] == expected
     assert any(found.severity == "error" for found in findings)
 
 
@@ -260,7 +262,7 @@ def test_vllm_drops_the_input_scale_of_a_weight_only_format(tmp_path: Path) -> N
     findings = check(made.write(tmp_path / "made"), "vllm")
 
     assert [(found.rule, found.severity) for found in findings] == [("orphan-tensor", "warning")]
-    assert predict(findings, engine="vllm") == ("loads", [])
+    assert predict(findings, VLLM) == ("loads", [])
 
 
 def test_vllm_looks_at_no_scale_of_experts(tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_vllm_looks_at_no_scale_of_experts(tmp_path: Path) -> None:
     made.pop("model.layers.0.block_sparse_moe.experts.0.w1.weight_scale")
     findings = check(made.write(tmp_path / "made"), "vllm")
 
-    assert predict(findings, engine="vllm") == ("loads-but-wrong", ["missing-tensor"])
+    assert predict(findings, VLLM) == ("loads-but-wrong", ["missing-tensor"])
 
 
 def test_every_rule_has_a_fault() -> None:

@@ -319,7 +319,7 @@ def test_modelopts_own_exports_raise_no_false_alarm() -> None:
         if not (path / "model.safetensors").is_file():
             continue
         context, source = load(path), folder / "bf16" / path.name.partition("-")[0]
-        findings = [*run(context, engine=None), *weight_findings(context, source)]
+        findings = [*run(context), *weight_findings(context, source)]
         rules = {item.rule for item in findings if item.severity != "note"} - ignored
         if rules:
             seen[path.name] = rules

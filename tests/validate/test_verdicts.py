@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from qschema.plan import Tool
 from qschema.strict import Finding
-from qvalidate import cli
+from qvalidate import choice, cli
 from qvalidate.engines import FOUR_BITS, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.engines.outcome import Level, Verdict
 from qvalidate.result import Agreement, EngineReport, Prediction, Subject
@@ -28,6 +28,8 @@ class StandIn:
 
     verdict: Verdict
     name: str = "vllm"
+    # something that any interpreter has
+    module: str = "json"
     requests: list[EngineRequest] = field(default_factory=list)
 
     def run(self, request: EngineRequest) -> EngineOutcome:
@@ -74,7 +76,7 @@ def refused(tmp_path: Path) -> str:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> StandIn:
     engine = StandIn(verdict)
-    monkeypatch.setattr(cli, "get", lambda name: engine)
+    monkeypatch.setattr(choice, "get", lambda name: engine)
     return engine
 
 
@@ -205,7 +207,11 @@ def reported(*agreements: Agreement) -> list[ValidationResult]:
             level="generate",
             rules=[],
             findings=[],
-            engine=EngineReport(engine="vllm", predicted="loads", agreement=agreement),
+            engines=[
+                EngineReport(
+                    engine="vllm", versions=["0.33.0"], predicted="loads", agreement=agreement
+                )
+            ],
         )
         for agreement in agreements
     ]

@@ -92,8 +92,7 @@ def validate(case: str, model: str, *, work: Path, python: str, out_dir: Path) -
 
 def row(case: str, result: Result) -> str:
     """Return one line of the table."""
-    engine = result.engine
-    assert engine is not None
+    (engine,) = result.engines
     assert engine.observed is not None
     found = engine.observed.comparison
     numbers = (
@@ -132,7 +131,7 @@ def provenance(options: Sequence[str]) -> dict[str, str | None]:
 
 def status(results: Sequence[Result]) -> int:
     """Return 1 if any run contradicts its prediction, or none confirms one."""
-    agreements = [result.engine.agreement for result in results if result.engine is not None]
+    agreements = [engine.agreement for result in results for engine in result.engines]
     return int("contradicted" in agreements or "confirmed" not in agreements)
 
 

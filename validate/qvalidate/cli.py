@@ -8,17 +8,11 @@ from typing import Literal, TypeVar
 import click
 
 from qvalidate import __version__, explain, report
-from qvalidate.engines import (
-    FOUR_BITS,
-    Engine,
-    EngineRequest,
-    Level,
-    Thresholds,
-    UnknownEngineError,
-    get,
-)
+from qvalidate.choice import ChoiceError, choose
+from qvalidate.engines import FOUR_BITS, Thresholds
 from qvalidate.result import RunLevel
-from qvalidate.validation import validate
+from qvalidate.targets import Deployment, TargetError, parse_gpu, parse_targets
+from qvalidate.validation import LEVELS, validate
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -37,6 +31,7 @@ class _Finite(click.FloatRange):
 
 _POSITIVE = _Finite(min=0, min_open=True)
 _SHARE = _Finite(min=0, max=1)
+_COUNT = click.IntRange(min=1)
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -82,19 +77,35 @@ def main() -> None:
 
 @main.command()
 @click.argument("ckpt", type=_DIRECTORY)
-@click.option("--engine", metavar="NAME", help="Apply this engine's rules in full, and run it.")
+@click.option(
+    "--engine",
+    "engines",
+    metavar="LIST",
+    help="The engines it is meant for, like 'vllm>=0.33,sglang==0.5.17'. Their rules apply in "
+    "full, and those that are installed here are asked.",
+)
+@click.option("--tp", type=_COUNT, default=1, show_default=True, help="GPUs that share each layer.")
+@click.option("--ep", type=_COUNT, default=1, show_default=True, help="GPUs that share experts.")
+@click.option("--pp", type=_COUNT, default=1, show_default=True, help="GPUs that share layers.")
+@click.option("--gpu", metavar="SM", help="The kind of GPU: sm_80, sm_89, sm_90, sm_100, sm_120.")
 @click.option(
     "--reference",
     metavar="DIR",
     type=_DIRECTORY,
-    help="The source checkpoint: weights are compared, and logprobs if an engine is named.",
+    help="The source checkpoint: weights are compared, and logprobs if an engine is asked.",
 )
-@click.option("--python", metavar="PATH", help="The engine's interpreter, if it has its own.")
+@click.option(
+    "--python",
+    "pythons",
+    metavar="[ENGINE=]PATH",
+    multiple=True,
+    help="An engine's interpreter, if it has its own. For several engines name each one's.",
+)
 @click.option(
     "--level",
-    type=click.Choice(["rules", "load", "generate", "compare"]),
-    help="How far to go, each level including those before it. Default: rules; with --engine "
-    "generate; with --reference as well, compare.",
+    type=click.Choice(LEVELS),
+    help="How far to go, each level including those before it. Default: as far as this machine "
+    "can with what is given: rules; generate in an engine; compare with --reference.",
 )
 @click.option(
     "--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True
@@ -119,9 +130,13 @@ def main() -> None:
 def check(
     context: click.Context,
     ckpt: Path,
-    engine: str | None,
+    engines: str | None,
+    tp: int,
+    ep: int,
+    pp: int,
+    gpu: str | None,
     reference: Path | None,
-    python: str | None,
+    pythons: tuple[str, ...],
     level: RunLevel | None,
     style: Literal["text", "json"],
     output: Path | None,
@@ -134,25 +149,39 @@ def check(
     verbose: bool,
     color: Literal["auto", "always", "never"],
 ) -> None:
-    """Check the checkpoint CKPT by the rules, and with --engine in the real engine.
+    """Check the checkpoint CKPT by the rules, and with --engine in the real engines.
 
-    Exit status: 0 clean, 1 findings, 2 misuse (also an engine that is not installed).
+    Exit status: 0 clean, 1 findings, 2 misuse (also an engine that --level needs and that is not
+    installed).
 
     \b
     $ qvalidate my-model-fp8
     my-model-fp8/model.safetensors::model.layers.0.mlp.down_proj.weight_scale: missing-tensor: ...
     """
-    adapter = _adapter(engine)
-    run_level = _level(level, adapter, reference)
-    request = None
-    if run_level is not None:
-        request = _request(
-            ckpt, reference if run_level == "compare" else None, python, run_level, timeout
+    try:
+        targets = parse_targets(engines) if engines else ()
+        deployment = Deployment(tp=tp, ep=ep, pp=pp, gpu=None if gpu is None else parse_gpu(gpu))
+        asks, remarks = choose(
+            targets,
+            checkpoint=ckpt,
+            reference=reference,
+            pythons=pythons,
+            level=level,
+            timeout_s=timeout,
         )
+    except (TargetError, ChoiceError) as error:
+        raise click.UsageError(str(error)) from None
     asked = {"max_kl": max_kl, "min_top1": min_top1, "max_relative_error": max_rel}
     limits = {field: value for field, value in asked.items() if value is not None}
     try:
-        result = validate(ckpt, reference=reference, engine=adapter, request=request, limits=limits)
+        result = validate(
+            ckpt,
+            reference=reference,
+            targets=targets,
+            deployment=deployment,
+            asks=asks,
+            limits=limits,
+        )
     except ModuleNotFoundError as error:
         extra = "convert" if error.name == "torch" else "validate"
         needs = f"--reference needs {error.name}: pip install 'qconvert[{extra}]'"
@@ -170,7 +199,8 @@ def check(
     elif text:
         click.echo(text, color=wants_color)
     if not quiet:
-        click.echo(report.summary(result), err=True)
+        for line in [*remarks, *report.summary(result)]:
+            click.echo(line, err=True)
         if (hint := report.hint(result)) is not None:
             click.echo(f"hint: {hint}", err=True)
     context.exit(result.exit_code(strict=strict))
@@ -199,45 +229,6 @@ def rules(markdown: bool) -> None:
     $ qvalidate rules --markdown > docs/rules.md
     """
     click.echo(explain.markdown() if markdown else "\n".join(explain.listing()), nl=not markdown)
-
-
-def _adapter(engine: str | None) -> Engine | None:
-    try:
-        return get(engine) if engine else None
-    except UnknownEngineError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _level(level: RunLevel | None, engine: Engine | None, reference: Path | None) -> Level | None:
-    """Return the level to run the engine at, None for the rules alone."""
-    if engine is None:
-        if level not in (None, "rules"):
-            raise click.UsageError(f"--level {level} needs an engine: --engine vllm")
-        return None
-    if level == "compare" and reference is None:
-        raise click.UsageError("--level compare needs the source: --reference DIR")
-    if level is None:
-        return "generate" if reference is None else "compare"
-    return None if level == "rules" else level
-
-
-def _request(
-    ckpt: Path,
-    reference: Path | None,
-    python: str | None,
-    level: Level,
-    timeout: float,
-) -> EngineRequest:
-    try:
-        return EngineRequest(
-            checkpoint=ckpt,
-            reference=reference,
-            python=python,
-            level=level,
-            timeout_s=timeout,
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def _write(output: Path, text: str) -> None:

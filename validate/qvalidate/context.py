@@ -20,6 +20,7 @@ from qschema.strict import Json
 from qvalidate.assignment import Assignment
 from qvalidate.documents import QuantConfig
 from qvalidate.scales import Scale, ScaleRole, scale_stats
+from qvalidate.targets import ONE_GPU, Deployment
 
 LM_HEAD = "lm_head"
 KV_SCALES = frozenset({"k_scale", "v_scale"})
@@ -80,6 +81,8 @@ class Context:
     in_file: QuantConfig | None
     assignment: Assignment
     modules: Mapping[str, Module]
+    # how it is to be deployed; rules about that say nothing about one GPU of no known kind
+    deployment: Deployment = ONE_GPU
 
     @property
     def obeyed(self) -> QuantConfig | None:

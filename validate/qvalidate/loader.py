@@ -11,6 +11,7 @@ from qschema.strict import DocumentError, Json, load_json
 from qvalidate.assignment import Assignment, assign
 from qvalidate.context import Context, Module
 from qvalidate.documents import HF_QUANT_CONFIG, QuantConfig
+from qvalidate.targets import ONE_GPU, Deployment
 
 # experts stacked in one tensor, and what ModelOpt puts beside it: `gate_up_proj_weight_scale`
 _STACK = re.compile(r"(?:gate|up|gate_up|down)_proj")
@@ -19,8 +20,9 @@ _STACKED = re.compile(
 )
 
 
-def load(path: Path) -> Context:
+def load(path: Path, deployment: Deployment = ONE_GPU) -> Context:
     """Return the context of the quantized checkpoint in the directory `path`.
+
 
     Raises DocumentError with every reason why the checkpoint can't be read at all: missing or
     damaged shards, an index that names what is not there, JSON that is none.
@@ -35,6 +37,7 @@ def load(path: Path) -> Context:
         in_file=in_file,
         assignment=assignment,
         modules=_modules(checkpoint.tensors, assignment),
+        deployment=deployment,
     )
 
 

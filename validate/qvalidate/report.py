@@ -7,6 +7,7 @@ import click
 
 from qschema.strict import Finding
 from qvalidate.result import EngineReport, Result
+from qvalidate.rules import RULES
 
 _COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _ORDER = {"error": 0, "warning": 1, "note": 2}
@@ -16,7 +17,11 @@ _SHOWN = 10
 
 def lines(result: Result, *, quiet: bool, verbose: bool) -> Iterator[str]:
     """Yield the report line by line, coloured; errors first. `quiet` leaves out the notes."""
-    wanted = [found for found in result.findings if not (quiet and found.severity == "note")]
+    wanted = [
+        found
+        for found in result.findings
+        if found.severity != "note" or not (quiet or _is_aside(found, result, verbose=verbose))
+    ]
     seen: Counter[tuple[str, str]] = Counter()
     totals = Counter((found.rule, found.severity) for found in wanted)
     for found in sorted(wanted, key=lambda finding: _ORDER[finding.severity]):
@@ -26,8 +31,9 @@ def lines(result: Result, *, quiet: bool, verbose: bool) -> Iterator[str]:
             yield _line(found)
         elif seen[key] == _SHOWN + 1:
             yield f"... and {totals[key] - _SHOWN} more of {found.rule} (-v shows them)"
-    if result.engine is not None:
-        yield from engine_lines(result.engine)
+    if not result.is_for_any_engine:
+        for engine in result.engines:
+            yield from engine_lines(engine)
 
 
 def engine_lines(report: EngineReport) -> Iterator[str]:
@@ -62,8 +68,8 @@ def engine_lines(report: EngineReport) -> Iterator[str]:
     }[report.agreement]
 
 
-def summary(result: Result) -> str:
-    """Return the one line that a person reads last."""
+def summary(result: Result) -> Iterator[str]:
+    """Yield what a person reads last: counts, and which engines it suits if none is named."""
     subject = result.checkpoint
     counts = ", ".join(
         f"{result.count(level)} {level}{'' if result.count(level) == 1 else 's'}"
@@ -71,7 +77,16 @@ def summary(result: Result) -> str:
     )
     what = " ".join(part for part in (subject.model_type, subject.algo) if part)
     about = f" ({what}, {subject.num_quantized} quantized modules)" if what else ""
-    return f"{subject.path}{about}: {counts}"
+    yield f"{subject.path}{about}: {counts}"
+    if result.is_for_any_engine and result.rules:
+        for prediction in ("loads", "loads-but-wrong", "refuses", "unknown"):
+            names = [
+                f"{report.engine} {', '.join(report.versions)}"
+                for report in result.engines
+                if report.predicted == prediction
+            ]
+            if names:
+                yield f"{prediction}: {'; '.join(names)} (by the rules)"
 
 
 def hint(result: Result) -> str | None:
@@ -79,9 +94,16 @@ def hint(result: Result) -> str | None:
     worst = min(result.findings, key=lambda finding: _ORDER[finding.severity], default=None)
     if worst is not None and worst.severity != "note":
         return f"qvalidate explain {worst.rule}"
-    if result.engine is None:
+    if result.is_for_any_engine:
         return f"no engine was asked: qvalidate {result.checkpoint.path} --engine vllm"
     return None
+
+
+def _is_aside(found: Finding, result: Result, *, verbose: bool) -> bool:
+    """Return whether a note is about one engine where none is named; the summary has those."""
+    declared = RULES.get(found.rule)
+    is_engines = declared is not None and declared.engine is not None
+    return result.is_for_any_engine and is_engines and not verbose
 
 
 def _line(found: Finding) -> str:

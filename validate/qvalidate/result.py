@@ -13,6 +13,32 @@ Prediction: TypeAlias = Literal["loads", "refuses", "loads-but-wrong", "unknown"
 Agreement: TypeAlias = Literal["confirmed", "contradicted", "untested"]
 
 
+# what a run shows about the checkpoint itself, by the rule of its finding
+_SHOWS: dict[str, Prediction] = {
+    "engine-refused": "refuses",
+    "generate-nonfinite": "loads-but-wrong",
+    "compare-nonfinite": "loads-but-wrong",
+    "compare-kl": "loads-but-wrong",
+    "compare-top1": "loads-but-wrong",
+    "compare-relative-error": "loads-but-wrong",
+}
+
+
+def shown_by(observed: EngineOutcome) -> Prediction | None:
+    """Return what a run shows about the checkpoint, None for nothing.
+
+    A machine without the kernel, a crash, memory that ran out, no answer in time, a source that
+    fails itself: none of them shows anything. That a checkpoint is right only a comparison shows.
+    """
+    if observed.verdict in ("no-kernel", "not-run"):
+        return None
+    if observed.verdict == "passed":
+        return "loads"
+    rules = [finding.rule for finding in observed.findings if finding.severity == "error"]
+    shown = {_SHOWS.get(rule) for rule in rules}
+    return shown.pop() if len(shown) == 1 else None
+
+
 class Subject(Strict):
     """The checkpoint that was looked at. `digest` is over its shards' names, sizes and headers."""
 
@@ -29,6 +55,8 @@ class EngineReport(Strict):
     """What the rules predict of one engine, what it did, and whether the two agree."""
 
     engine: str
+    # of those that the rules know; what was observed names its own
+    versions: list[str]
     predicted: Prediction
     # the rules that the prediction rests on
     predicted_by: list[str] = Field(default_factory=list)
@@ -36,27 +64,35 @@ class EngineReport(Strict):
     observed: EngineOutcome | None = None
     agreement: Agreement = "untested"
 
+    @property
+    def verdict(self) -> Prediction:
+        """What is known of the engine: what it did, where that shows something, else the rules."""
+        shown = shown_by(self.observed) if self.observed else None
+        return self.predicted if shown is None else shown
+
 
 class Result(Strict):
     """The result of one run of qvalidate."""
 
     document: Literal["qvalidate-result"] = "qvalidate-result"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     tool: Tool
     checkpoint: Subject
     level: RunLevel
     # ids of the rules that were run, in order; empty if the checkpoint could not be read
     rules: list[str]
     findings: list[Finding]
-    engine: EngineReport | None = None
+    # of the engines that were named; of all versions that the rules know, if none was
+    engines: list[EngineReport] = Field(default_factory=list)
+    is_for_any_engine: bool = False
 
     def count(self, severity: str) -> int:
         """Return the number of findings of that severity."""
         return sum(1 for finding in self.findings if finding.severity == severity)
 
     def exit_code(self, *, strict: bool) -> int:
-        """Return 0 clean, 1 findings, 2 where the engine asked for could not be started."""
-        observed = self.engine.observed if self.engine else None
-        if observed is not None and observed.verdict == "not-run":
+        """Return 0 clean, 1 findings, 2 where an engine asked for could not be started."""
+        observed = (report.observed for report in self.engines)
+        if any(outcome is not None and outcome.verdict == "not-run" for outcome in observed):
             return 2
         return 1 if self.count("error") or (strict and self.count("warning")) else 0

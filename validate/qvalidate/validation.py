@@ -1,6 +1,7 @@
-"""One validation from a path to a Result: load, rules, and the engine if one is named."""
+"""One validation from a path to a Result: load, rules, and the engines that are to be asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qschema.plan import Tool
@@ -9,90 +10,98 @@ from qvalidate import __version__
 from qvalidate.context import Context
 from qvalidate.engines import FOUR_BITS, Engine, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.loader import load
-from qvalidate.result import Agreement, EngineReport, Prediction, Result, RunLevel, Subject
-from qvalidate.rules import RULES, run
+from qvalidate.result import (
+    Agreement,
+    EngineReport,
+    Prediction,
+    Result,
+    RunLevel,
+    Subject,
+    shown_by,
+)
+from qvalidate.rules import RULES, raw, softened
 from qvalidate.rules.outside import WEIGHTS
 from qvalidate.rules.registry import Effect
+from qvalidate.targets import ONE_GPU, Deployment, Target, every_target
 from qvalidate.weights import weight_findings
 
-# what a run shows about the checkpoint itself, by the rule of its finding
-_SHOWS: dict[str, Prediction] = {
-    "engine-refused": "refuses",
-    "generate-nonfinite": "loads-but-wrong",
-    "compare-nonfinite": "loads-but-wrong",
-    "compare-kl": "loads-but-wrong",
-    "compare-top1": "loads-but-wrong",
-    "compare-relative-error": "loads-but-wrong",
-}
+# each includes the ones before it
+LEVELS: Sequence[RunLevel] = ("rules", "load", "generate", "compare")
 
 _TOOL = Tool(name="qvalidate", version=__version__)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A real engine and what is to be asked of it."""
+
+    engine: Engine
+    request: EngineRequest
 
 
 def validate(
     path: Path,
     *,
     reference: Path | None = None,
-    engine: Engine | None = None,
-    request: EngineRequest | None = None,
+    targets: Sequence[Target] = (),
+    deployment: Deployment = ONE_GPU,
+    asks: Sequence[Ask] = (),
     limits: Mapping[str, float] | None = None,
 ) -> Result:
-    """Return what the rules, and the engine if a `request` goes with it, say about `path`.
+    """Return what the rules, and the engines that are asked, say about `path`.
 
-    With `reference` every quantized weight is compared with the one in that source checkpoint. The
+    With `reference` every quantized weight is compared with the one in that source checkpoint. An
     engine is run also where the rules predict that it refuses: the report says whether it did.
-    `limits` replaces thresholds of its comparison by name; the others follow from the codes.
+    Without `targets` there is a prediction for every version that the rules know, and what only an
+    engine minds is softened. `limits` replaces thresholds of comparisons by name; the others follow
+    from the codes.
     """
-    name = engine.name if engine else None
-    level: RunLevel = request.level if request else "rules"
+    level = _furthest(asks)
+    wanted = tuple(targets) or every_target()
     try:
-        context = load(path)
+        context = load(path, deployment)
     except DocumentError as error:
-        report = EngineReport(engine=name, predicted="unknown") if name else None
         return Result(
             tool=_TOOL,
             checkpoint=Subject(path=str(path)),
             level=level,
             rules=[],
             findings=error.findings,
-            engine=report,
+            engines=[_report(target, "unknown") for target in wanted],
+            is_for_any_engine=not targets,
         )
-    findings = list(run(context, engine=name))
+    findings = list(raw(context, wanted))
     if reference is not None:
         findings += weight_findings(context, reference)
-    report = None
-    if engine is not None:
-        predicted, predicted_by = predict(findings, engine=engine.name)
-        if request is not None:
-            found = thresholds(context).model_copy(update=dict(limits or {}))
-            request = request.model_copy(update={"thresholds": found})
-        observed = engine.run(request) if request else None
-        if observed is not None:
-            findings += observed.findings
-        report = EngineReport(
-            engine=engine.name,
-            predicted=predicted,
-            predicted_by=predicted_by,
-            observed=observed,
-            agreement=agreement(predicted, observed),
-        )
+    reports = [_report(target, *predict(findings, target)) for target in wanted]
+    shown = findings if targets else list(softened(findings))
+    for ask in asks:
+        found = thresholds(context).model_copy(update=dict(limits or {}))
+        observed = ask.engine.run(ask.request.model_copy(update={"thresholds": found}))
+        shown += observed.findings
+        reports = [
+            _observed(report, observed) if report.engine == ask.engine.name else report
+            for report in reports
+        ]
     return Result(
         tool=_TOOL,
         checkpoint=_subject(context),
         level=level,
         rules=list(RULES),
-        findings=findings,
-        engine=report,
+        findings=shown,
+        engines=reports,
+        is_for_any_engine=not targets,
     )
 
 
-def predict(findings: list[Finding], *, engine: str) -> tuple[Prediction, list[str]]:
-    """Return what `engine` will do with a checkpoint that has `findings`, and by which rules."""
+def predict(findings: Sequence[Finding], target: Target) -> tuple[Prediction, list[str]]:
+    """Return what `target` will do with a checkpoint that has `findings`, and by which rules."""
     effects: dict[str, list[str]] = {}
     for finding in findings:
         declared = RULES.get(finding.rule)
         # wrong weights load in any engine
         by_weights: Effect | None = "wrong" if finding.rule in WEIGHTS else None
-        effect = declared.effects.get(engine) if declared else by_weights
+        effect = declared.effect(target) if declared else by_weights
         if effect and finding.severity == "error" and finding.rule not in effects.get(effect, []):
             effects.setdefault(effect, []).append(finding.rule)
     if "refuses" in effects:
@@ -105,21 +114,33 @@ def predict(findings: list[Finding], *, engine: str) -> tuple[Prediction, list[s
 
 
 def agreement(predicted: Prediction, observed: EngineOutcome | None) -> Agreement:
-    """Return whether the run bears the prediction out.
+    """Return whether the run bears the prediction out; what showed nothing can't."""
+    shown = shown_by(observed) if observed else None
+    if observed is None or shown is None or predicted == "unknown":
+        return "untested"
+    if shown == "loads" and predicted == "loads-but-wrong" and observed.reached != "compare":
+        return "untested"
+    return "confirmed" if shown == predicted else "contradicted"
 
-    A machine without the kernel, a crash, memory that ran out, no answer in time, a source that
-    fails itself: none of them shows anything. That a checkpoint is right only a comparison shows.
-    """
-    if observed is None or predicted == "unknown" or observed.verdict in ("no-kernel", "not-run"):
-        return "untested"
-    if observed.verdict == "passed":
-        if predicted == "loads-but-wrong" and observed.reached != "compare":
-            return "untested"
-        return "confirmed" if predicted == "loads" else "contradicted"
-    rules = [finding.rule for finding in observed.findings if finding.severity == "error"]
-    if not rules or not all(rule in _SHOWS for rule in rules):
-        return "untested"
-    return "confirmed" if all(_SHOWS[rule] == predicted for rule in rules) else "contradicted"
+
+def _furthest(asks: Sequence[Ask]) -> RunLevel:
+    asked = {ask.request.level for ask in asks}
+    return next((level for level in reversed(LEVELS) if level in asked), "rules")
+
+
+def _report(target: Target, predicted: Prediction, by: Sequence[str] = ()) -> EngineReport:
+    return EngineReport(
+        engine=target.engine,
+        versions=list(target.versions),
+        predicted=predicted,
+        predicted_by=list(by),
+    )
+
+
+def _observed(report: EngineReport, observed: EngineOutcome) -> EngineReport:
+    return report.model_copy(
+        update={"observed": observed, "agreement": agreement(report.predicted, observed)}
+    )
 
 
 def _subject(context: Context) -> Subject:

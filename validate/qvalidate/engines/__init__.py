@@ -36,6 +36,10 @@ class Engine(Protocol):
     def name(self) -> str:
         """The name that `--engine` takes."""
 
+    @property
+    def module(self) -> str:
+        """What an interpreter that has the engine can import."""
+
     def run(self, request: EngineRequest) -> EngineOutcome:
         """Return what came of it; trouble with engine or checkpoint is never an exception."""
 

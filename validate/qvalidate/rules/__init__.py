@@ -1,6 +1,6 @@
 """The rules, in the order of the modules that declare them. There is no other list."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from qschema.strict import Finding
@@ -24,8 +24,9 @@ from qvalidate.rules import (
     vllm_scales,
 )
 from qvalidate.rules.registry import REGISTRY, Effect, Rule, Severity
+from qvalidate.targets import Target, every_target
 
-__all__ = ["RULES", "Effect", "Rule", "Severity", "run"]
+__all__ = ["RULES", "Effect", "Rule", "Severity", "raw", "run", "softened"]
 
 _MODULES = (
     agreement,
@@ -56,18 +57,31 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 
 
-def run(context: Context, *, engine: str | None) -> Iterator[Finding]:
-    """Yield the findings of every rule that applies.
-
-    A rule of an engine holds in full where that engine is named. Where none is, what an engine
-    would refuse is a note, and what it would get wrong in silence a warning: the checkpoint may be
-    meant for another engine, but its owner should know.
-    """
+def raw(context: Context, targets: Sequence[Target]) -> Iterator[Finding]:
+    """Yield the findings of every rule for any engine, and of those for one of the `targets`."""
     for declared in RULES.values():
-        if declared.engine is None or declared.engine == engine:
+        if declared.engine is None or any(map(declared.holds_for, targets)):
             yield from declared.check(context)
-        elif engine is None:
+
+
+def softened(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings as they are where nobody named an engine.
+
+    What an engine would refuse is a note then, and what it would get wrong in silence a warning:
+    the checkpoint may be meant for another engine, but its owner should know.
+    """
+    for finding in findings:
+        declared = RULES.get(finding.rule)
+        if declared is None or declared.engine is None or finding.severity != "error":
+            yield finding
+        else:
             severity: Severity = "warning" if "wrong" in declared.effects.values() else "note"
-            for finding in declared.check(context):
-                softened = severity if finding.severity == "error" else finding.severity
-                yield finding.model_copy(update={"severity": softened})
+            yield finding.model_copy(update={"severity": severity})
+
+
+def run(context: Context, targets: Sequence[Target] = ()) -> Iterator[Finding]:
+    """Yield what the rules say about `context`: in full for `targets`, softened without any."""
+    if targets:
+        yield from raw(context, targets)
+    else:
+        yield from softened(raw(context, every_target()))

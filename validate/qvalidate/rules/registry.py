@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from qschema.strict import Finding
 from qvalidate.context import Context
+from qvalidate.targets import Target
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 # what an engine does with such a checkpoint: stops with an error, computes something else without
@@ -36,6 +37,24 @@ class Rule:
     effects: Mapping[str, Effect] = field(default_factory=dict)
     evidence: tuple[str, ...] = ()
 
+    def holds_for(self, target: Target) -> bool:
+        """Return whether the rule is about any engine, or about one of the target's versions."""
+        if self.engine is None:
+            return True
+        return self.engine == target.engine and target.meets(self.versions)
+
+    def effect(self, target: Target) -> Effect | None:
+        """Return what the target does with what breaks the rule, None if that is not known."""
+        if not self.holds_for(target):
+            return None
+        found = [
+            other.effect
+            for other in ELSEWHERE.get(self.id, ())
+            if other.engine == target.engine and target.meets(other.versions)
+        ]
+        own = self.effects.get(target.engine)
+        return own if own is not None or not found else found[0]
+
     def check(self, context: Context) -> Iterator[Finding]:
         """Yield a finding for each place that breaks the rule."""
         for file, where, message, severity in self.spots(context):
@@ -48,7 +67,19 @@ class Rule:
             )
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What one engine does with what breaks a rule that holds for any; it is in its own modules."""
+
+    engine: str
+    versions: str | None
+    effect: Effect
+    evidence: tuple[str, ...]
+
+
 REGISTRY: dict[str, Rule] = {}
+# id of a rule -> what engines do that were studied after it was declared
+ELSEWHERE: dict[str, list[Elsewhere]] = {}
 
 Spots: TypeAlias = Callable[[Context], Iterator[Spot]]
 
@@ -82,6 +113,19 @@ def rule(
         return spots
 
     return declare
+
+
+def effect_of(
+    rule_id: str,
+    effect: Effect,
+    *,
+    engine: str,
+    versions: str | None = None,
+    evidence: tuple[str, ...],
+) -> None:
+    """Declare what `engine` does with a checkpoint that breaks `rule_id`, a rule for any engine."""
+    assert REGISTRY[rule_id].engine is None, rule_id
+    ELSEWHERE.setdefault(rule_id, []).append(Elsewhere(engine, versions, effect, evidence))
 
 
 def some(names: list[str]) -> str:

@@ -1,0 +1,131 @@
+"""What `--engine`, `--gpu` and `--python` are taken to mean."""
+
+from pathlib import Path
+
+import pytest
+from catalogue import PC_PT
+from checkpoints import draft
+
+from qvalidate.choice import ChoiceError, choose
+from qvalidate.loader import load
+from qvalidate.rules import RULES
+from qvalidate.targets import KNOWN, Target, TargetError, every_target, parse_gpu, parse_targets
+from qvalidate.validation import predict, validate
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("vllm", {"vllm": ("0.32.0", "0.33.0")}),
+        ("vllm>=0.33", {"vllm": ("0.33.0",)}),
+        ("vllm>=0.32,<0.33", {"vllm": ("0.32.0",)}),
+        ("vllm>=0.33,sglang==0.5.17", {"vllm": ("0.33.0",), "sglang": ("0.5.17",)}),
+        (" vllm ~= 0.33.0 , tensorrt-llm", {"vllm": ("0.33.0",), "tensorrt-llm": None}),
+    ],
+)
+def test_engines_and_versions(text: str, expected: dict[str, tuple[str, ...] | None]) -> None:
+    found = {target.engine: target.versions for target in parse_targets(text)}
+
+    assert found == {name: versions or KNOWN[name] for name, versions in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("vlm", "unknown engine 'vlm'; there is vllm, sglang, tensorrt-llm"),
+        ("vllm==0.11", "no rules are known for it, but for 0.32.0, 0.33.0"),
+        ("vllm=0.33", "names no versions; expected e.g. vllm==0.33.0"),
+        ("vllm,vllm==0.33", "vllm is named twice"),
+        (",", "no engine is named"),
+    ],
+)
+def test_what_names_no_engine(text: str, words: str) -> None:
+    with pytest.raises(TargetError, match="^.*") as caught:
+        parse_targets(text)
+
+    assert words in str(caught.value)
+
+
+def test_gpus() -> None:
+    assert (parse_gpu("sm_90"), parse_gpu("SM120")) == (90, 120)
+    with pytest.raises(TargetError, match="expected sm_80"):
+        parse_gpu("h200")
+
+
+def test_a_rule_holds_for_the_versions_that_it_names() -> None:
+    (both,) = parse_targets("vllm")
+    (new,) = parse_targets("vllm==0.33.0")
+    (other,) = parse_targets("sglang")
+    ignored = RULES["vllm-ignore-key"]
+
+    assert [ignored.holds_for(target) for target in (both, new, other)] == [True, False, False]
+    assert RULES["missing-tensor"].holds_for(other)
+
+
+def test_every_version_is_a_target_of_its_own_where_none_is_named(tmp_path: Path) -> None:
+    path = draft("qwen3", PC_PT).write(tmp_path / "made")
+    result = validate(path)
+
+    assert [(report.engine, *report.versions) for report in result.engines] == [
+        (name, version) for name, versions in KNOWN.items() for version in versions
+    ]
+    assert result.is_for_any_engine
+
+
+def test_an_unreadable_checkpoint_has_no_prediction(tmp_path: Path) -> None:
+    path = draft("qwen3", PC_PT).write(tmp_path / "made")
+    (path / "config.json").unlink()
+    result = validate(path, targets=parse_targets("vllm,sglang"))
+
+    assert [report.predicted for report in result.engines] == ["unknown", "unknown"]
+
+
+def ask(text: str, *pythons: str, level: str | None = None) -> list[str | None]:
+    asks, _ = choose(
+        parse_targets(text),
+        checkpoint=Path("x"),
+        reference=None,
+        pythons=pythons,
+        level=level,  # type: ignore[arg-type]
+        timeout_s=1.0,
+    )
+    return [found.request.python for found in asks]
+
+
+def test_an_interpreter_is_named_for_its_engine() -> None:
+    assert ask("vllm", "/a/python") == ["/a/python"]
+    assert ask("vllm", "vllm=/a/python") == ["/a/python"]
+    assert ask("vllm", "/odd=/python") == ["/odd=/python"]
+
+
+@pytest.mark.parametrize(
+    ("text", "pythons", "words"),
+    [
+        ("vllm,sglang", ["/a/python"], "of which engine? Expected ENGINE=PATH"),
+        ("vllm", ["/a", "vllm=/b"], "vllm has two: /a and /b"),
+    ],
+)
+def test_an_interpreter_of_nobody(text: str, pythons: list[str], words: str) -> None:
+    with pytest.raises(ChoiceError) as caught:
+        ask(text, *pythons)
+
+    assert words in str(caught.value)
+
+
+def test_an_engine_that_is_not_here_is_asked_only_at_a_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qvalidate.choice.find_spec", lambda name: None)
+
+    assert ask("vllm") == []
+    assert ask("vllm", level="generate") == [None]
+
+
+def test_predictions_are_one_engines(tmp_path: Path) -> None:
+    """What another engine's rules say does not count."""
+    context = load(draft("qwen3", PC_PT).write(tmp_path / "made"))
+    findings = list(RULES["vllm-algo-unsupported"].check(context))
+
+    for target in every_target():
+        assert isinstance(target, Target)
+        assert predict(findings, target) == ("loads", [])
