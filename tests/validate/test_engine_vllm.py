@@ -25,7 +25,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_unknown_engine_names_what_exists() -> None:
-    with pytest.raises(UnknownEngineError, match="'vlm'; there is vllm"):
+    with pytest.raises(UnknownEngineError, match="'vlm'; there is vllm, sglang"):
         get("vlm")
 
     assert [get(name).name for name in ENGINES] == list(ENGINES)

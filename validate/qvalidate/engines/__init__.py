@@ -8,6 +8,7 @@ from qvalidate.engines.outcome import (
     Comparison,
     EngineOutcome,
     EngineRequest,
+    Kernels,
     Level,
     Thresholds,
 )
@@ -19,14 +20,15 @@ __all__ = [
     "Engine",
     "EngineOutcome",
     "EngineRequest",
+    "Kernels",
     "Level",
     "Thresholds",
     "UnknownEngineError",
     "get",
 ]
 
-# each is a module here that defines `ENGINE`
-ENGINES = ("vllm",)
+# each is a module here that defines `ENGINE`, a dash in its name being an underscore there
+ENGINES = ("vllm", "sglang", "tensorrt-llm")
 
 
 class Engine(Protocol):
@@ -55,5 +57,5 @@ def get(name: str) -> Engine:
     """
     if name not in ENGINES:
         raise UnknownEngineError(f"unknown engine {name!r}; there is {', '.join(ENGINES)}")
-    engine: Engine = import_module(f"{__name__}.{name}").ENGINE
+    engine: Engine = import_module(f"{__name__}.{name.replace('-', '_')}").ENGINE
     return engine

@@ -13,8 +13,15 @@ from qschema.strict import Finding, Json
 from qvalidate.compare import CompareError, compare, numpy_missing, violations
 from qvalidate.engines.diagnosis import Diagnosis, diagnose
 from qvalidate.engines.interpreter import NoInterpreterError, environment, find_interpreter
-from qvalidate.engines.outcome import Comparison, EngineOutcome, EngineRequest, Level, Verdict
-from qvalidate.engines.process import Run, RunnerState, run, sigterm_as_exit
+from qvalidate.engines.outcome import (
+    Comparison,
+    EngineOutcome,
+    EngineRequest,
+    Kernels,
+    Level,
+    Verdict,
+)
+from qvalidate.engines.process import Command, Run, RunnerState, run, sigterm_as_exit
 
 _NUM_TOKENS = 8
 _VERDICTS: dict[str, Verdict] = {"engine-no-kernel": "no-kernel", "engine-missing": "not-run"}
@@ -34,6 +41,27 @@ class RunnerEngine:
     defaults: Mapping[str, str]
     # what the engine says when this machine lacks an operation
     no_kernel: re.Pattern[str]
+    # files that the runner imports
+    helpers: tuple[str, ...] = ("runner_base.py",)
+    # the file of stand-ins for kernels that a machine lacks
+    reference_kernels: str | None = None
+
+    def command(self, python: str | None, *, kernels: Kernels = "native") -> Command:
+        """Return how the runner is started, under the interpreter that the user gave or ours.
+
+        Raises NoInterpreterError.
+        """
+        found = find_interpreter(python, module=self.module, install=self.install)
+        names = list(self.helpers)
+        if kernels == "reference" and self.reference_kernels is not None:
+            names.append(self.reference_kernels)
+        here = Path(__file__).parent
+        return Command(
+            python=found,
+            runner=here / self.runner,
+            environment=environment(self.defaults, python=found),
+            helpers=tuple(here / name for name in names),
+        )
 
     def run(self, request: EngineRequest) -> EngineOutcome:
         """Return what the engine made of the request's checkpoint."""
@@ -58,6 +86,8 @@ class _Attempt:
     def outcome(self) -> EngineOutcome:
         if self.request.level == "compare" and (sentence := numpy_missing()):
             return self._not_run(sentence)
+        if self.request.kernels == "reference" and self.engine.reference_kernels is None:
+            return self._not_run(f"there are no reference kernels for {self.engine.name}")
         try:
             candidate = self._run("candidate", self.request.checkpoint, prompts=None)
         except NoInterpreterError as error:
@@ -80,28 +110,28 @@ class _Attempt:
         )
 
     def _run(self, role: str, checkpoint: Path, *, prompts: list[list[int]] | None) -> Run:
-        python = find_interpreter(
-            self.request.python, module=self.engine.module, install=self.engine.install
-        )
+        command = self.engine.command(self.request.python, kernels=self.request.kernels)
         given: Json = None if prompts is None else [list(ids) for ids in prompts]
         job: dict[str, Json] = {
             "checkpoint": os.path.abspath(checkpoint),
             "level": self.request.level,
             "prompts": given,
             "num_tokens": _NUM_TOKENS,
+            "kernels": self.request.kernels,
             "logprobs": str(self._logprobs(role)) if self.request.level == "compare" else None,
         }
         try:
             return run(
-                python,
-                Path(__file__).with_name(self.engine.runner),
+                command.python,
+                command.runner,
                 job,
                 folder=self.folder / role,
-                environment=environment(self.engine.defaults, python=python),
+                environment=command.environment,
                 timeout_s=self.request.timeout_s,
+                helpers=command.helpers,
             )
         except OSError as error:
-            raise NoInterpreterError(f"can't start {python}: {error.strerror}") from None
+            raise NoInterpreterError(f"can't start {command.python}: {error.strerror}") from None
 
     def _logprobs(self, role: str) -> Path:
         return self.folder / f"{role}.f32"
@@ -198,6 +228,7 @@ class _Attempt:
             version=state.version,
             torch=state.torch,
             device=state.device,
+            kernels=state.kernels,
             level=self.request.level,
             verdict=verdict,
             reached=reached,

@@ -20,9 +20,16 @@ _INNER = re.compile(
     r"(?:Value|Assertion) error, (?P<inner>.+?)(?=\s*\[type=|\s*For further information|\Z)", re.S
 )
 # an engine's parent process reports only that a child failed
-_GENERIC = re.compile(r"See root cause above|Engine core initialization failed|EngineDeadError")
-# says something about the machine at this moment, not about the checkpoint
-_MEMORY = re.compile(r"out of memory|No available memory|Free memory on device|OutOfMemoryError")
+_GENERIC = re.compile(
+    r"See root cause above|Engine core initialization failed|EngineDeadError"
+    r"|scheduler died during initialization|Initialization failed\. Please see the error"
+)
+# says something about the machine at this moment, not about the checkpoint: memory, or a process of
+# the engine's own that was killed (SGLang)
+_MOMENT = re.compile(
+    r"out of memory|No available memory|Free memory on device|OutOfMemoryError"
+    r"|Not enough memory|\(exit code: -\d"
+)
 _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|Fatal|fault)\b: ?\S|^Fatal Python error")
 # log prefixes such as "(EngineCore pid=12) ERROR 11-21 11:03:12 [core.py:133] "
 _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] )?")
@@ -65,7 +72,7 @@ def diagnose(
         return Diagnosis("engine-missing", message)
     if no_kernel.search(everything):
         return Diagnosis("engine-no-kernel", message)
-    if state.reached == "import" and not _MEMORY.search(everything):
+    if state.reached == "import" and not _MOMENT.search(everything):
         if state.error.tensor:
             message += f"; while loading {state.error.tensor} {state.error.shapes}".rstrip()
         return Diagnosis("engine-refused", message, state.error.tensor)
@@ -83,9 +90,8 @@ def _stage(state: RunnerState) -> str:
 
 def _message(error: RunnerError, log: str) -> str:
     if _GENERIC.search(error.text) or _GENERIC.search(error.type):
-        found = _error_line(log)
-        text = error.causes[-1] if error.causes else found or f"{error.type}: {error.text}"
-        return _short(text)
+        found = [error.causes[-1]] if error.causes else _lines(log)[1]
+        return _short(found[-1] if found else f"{error.type}: {error.text}")
     inner = _INNER.search(error.text)
     if inner is not None:
         return _short(inner["inner"])
@@ -110,10 +116,16 @@ def _last_words(run: Run) -> str:
 
 def _error_line(log: str) -> str:
     """Return the last line that names an error, else the last line."""
+    lines, errors = _lines(log)
+    return (errors or lines or [""])[-1]
+
+
+def _lines(log: str) -> tuple[list[str], list[str]]:
+    """Return the log's lines without their prefixes, and those of them that name an error."""
     lines = [_PREFIX.sub("", line.strip()) for line in log.splitlines()]
     lines = [line for line in lines if line]
     errors = [line for line in lines if _ERROR_LINE.search(line) and not _GENERIC.search(line)]
-    return (errors or lines or [""])[-1]
+    return lines, errors
 
 
 def _short(text: str) -> str:

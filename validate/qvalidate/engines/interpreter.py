@@ -53,6 +53,8 @@ def environment(defaults: Mapping[str, str], *, python: str) -> dict[str, str]:
     variables = {**defaults, **os.environ, **_FORCED}
     if not _is_ours(python):
         variables.pop("PYTHONPATH", None)
+    # the runner imports what lies beside it
+    variables.pop("PYTHONSAFEPATH", None)
     # the runner starts in a folder of its own: relative entries would point elsewhere
     if entries := variables.get("PYTHONPATH"):
         absolute = [os.path.abspath(entry) for entry in entries.split(os.pathsep) if entry]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from qschema.strict import Finding, Strict, violation
 
 Level: TypeAlias = Literal["load", "generate", "compare"]
+Kernels: TypeAlias = Literal["native", "reference"]
 Verdict: TypeAlias = Literal["passed", "failed", "no-kernel", "not-run"]
 
 
@@ -44,6 +45,8 @@ class EngineRequest(Strict):
     # for each start of the engine; `compare` starts it twice
     timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     thresholds: Thresholds = Thresholds()
+    # `reference` puts plain expressions in place of the kernels that this machine lacks
+    kernels: Kernels = "native"
 
     @model_validator(mode="after")
     def _reference_to_compare_with(self) -> Self:
@@ -85,6 +88,8 @@ class EngineOutcome(Strict):
     version: str | None = None
     torch: str | None = None
     device: str | None = None
+    # operations that were not the engine's own; empty if all were
+    kernels: list[str] = Field(default_factory=list)
     level: Level
     verdict: Verdict
     reached: Level | None = None

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -28,6 +28,11 @@ from qschema.strict import DocumentError, Json, Strict, load_json
 _TAIL_NBYTES = 64 * 1024
 # between the request to end and the kill
 _GRACE_S = 3.0
+_STATE = "state.json"
+# runner_base.py has the same name
+_CHILD_ERROR = "child_error.json"
+
+_Model = TypeVar("_Model", bound=Strict)
 
 
 class RunnerError(Strict):
@@ -58,7 +63,19 @@ class RunnerState(Strict):
     # prompts whose generated tokens have a NaN or Inf log-probability
     num_nonfinite: int = 0
     notes: list[str] = Field(default_factory=list)
+    # operations that a stand-in carried out in the engine's place
+    kernels: list[str] = Field(default_factory=list)
     error: RunnerError | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started: a runner file, with the files that it imports beside it."""
+
+    python: str
+    runner: Path
+    environment: Mapping[str, str]
+    helpers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,34 +89,55 @@ class Run:
     wall_s: float
 
 
-def run(
-    python: str,
-    runner: Path,
-    job: Mapping[str, Json],
-    *,
-    folder: Path,
-    environment: Mapping[str, str],
-    timeout_s: float,
-) -> Run:
-    """Return how `runner` went under the interpreter `python`; `folder` is made, for its files.
+class RunnerProcess:
+    """A runner's process, while it lives and after."""
 
-    Raises OSError if the interpreter can't be started.
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log: "_Tail") -> None:
+        self._process = process
+        self._folder = folder
+        self._log = log
+        self._started = time.monotonic()
+
+    def has_ended(self, *, within_s: float) -> bool:
+        """Return whether the process has ended, after waiting `within_s` seconds at most."""
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def outcome(self, *, timed_out: bool) -> Run:
+        """Return how it went; to be asked once the process was ended."""
+        return Run(
+            state=_state(self._folder, is_clean=self._process.returncode == 0),
+            returncode=self._process.returncode,
+            timed_out=timed_out,
+            log=self._log.text(),
+            wall_s=time.monotonic() - self._started,
+        )
+
+
+@contextlib.contextmanager
+def started(command: Command, job: Mapping[str, Json], *, folder: Path) -> Iterator[RunnerProcess]:
+    """Give the runner, at work on `job`; nothing of its process group is left afterwards.
+
+    `folder` is made, for its files. Raises OSError if the interpreter can't be started.
     """
     folder.mkdir(parents=True)
     copy = folder / "runner.py"
-    shutil.copyfile(runner, copy)
-    job_line = json.dumps({**job, "state": str(folder / "state.json")}) + "\n"
-    started = time.monotonic()
-    timed_out = False
+    shutil.copyfile(command.runner, copy)
+    for helper in command.helpers:
+        shutil.copyfile(helper, folder / helper.name)
+    job_line = json.dumps({**job, "state": str(folder / _STATE)}) + "\n"
     log = _Tail()
     with log.writing() as end:
         process = subprocess.Popen(
-            [python, str(copy)],
+            [command.python, str(copy)],
             stdin=subprocess.PIPE,
             stdout=end,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=dict(environment),
+            env=dict(command.environment),
             start_new_session=True,
         )
     try:
@@ -108,18 +146,29 @@ def run(
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(job_line.encode())
                 process.stdin.flush()
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        timed_out = True
+        yield RunnerProcess(process, folder, log)
     finally:
         _end_group(process)
-    return Run(
-        state=_state(folder / "state.json"),
-        returncode=process.returncode,
-        timed_out=timed_out,
-        log=log.text(),
-        wall_s=time.monotonic() - started,
-    )
+
+
+def run(
+    python: str,
+    runner: Path,
+    job: Mapping[str, Json],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    helpers: tuple[Path, ...] = (),
+) -> Run:
+    """Return how `runner` went under the interpreter `python`; `folder` is made, for its files.
+
+    `helpers` are files that the runner imports. Raises OSError if the interpreter can't be started.
+    """
+    command = Command(python=python, runner=runner, environment=environment, helpers=helpers)
+    with started(command, job, folder=folder) as process:
+        timed_out = not process.has_ended(within_s=timeout_s)
+    return process.outcome(timed_out=timed_out)
 
 
 @contextlib.contextmanager
@@ -192,11 +241,21 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
             process.stdin.close()
 
 
-def _state(file: Path) -> RunnerState:
-    if not file.is_file():
-        return RunnerState()
+def _state(folder: Path, *, is_clean: bool) -> RunnerState:
+    """Return the runner's report, with the exception of a process of the engine's own.
+
+    Such a process also fails where it outlives a runner that is done: that is no news.
+    """
     try:
-        return RunnerState.parse(load_json(file), file=file.name)
+        state = _document(folder / _STATE, RunnerState) or RunnerState()
+        if is_clean or state.error is not None:
+            return state
+        child = _document(folder / _CHILD_ERROR, RunnerError)
+        return state.model_copy(update={"error": child})
     except DocumentError as error:
         broken = RunnerError(type="RunnerState", text=str(error), place="")
         return RunnerState(error=broken)
+
+
+def _document(file: Path, model: type[_Model]) -> _Model | None:
+    return model.parse(load_json(file), file=file.name) if file.is_file() else None
