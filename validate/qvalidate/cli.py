@@ -10,6 +10,7 @@ import click
 from qvalidate import __version__, explain, report
 from qvalidate.choice import ChoiceError, choose
 from qvalidate.engines import FOUR_BITS, Thresholds
+from qvalidate.matrix.cli import matrix, support
 from qvalidate.result import RunLevel
 from qvalidate.targets import Deployment, TargetError, parse_gpu, parse_targets
 from qvalidate.validation import LEVELS, validate
@@ -204,6 +205,10 @@ def check(
         if (hint := report.hint(result)) is not None:
             click.echo(f"hint: {hint}", err=True)
     context.exit(result.exit_code(strict=strict))
+
+
+main.add_command(matrix)
+main.add_command(support)
 
 
 @main.command(name="explain")

@@ -65,10 +65,14 @@ class EngineReport(Strict):
     agreement: Agreement = "untested"
 
     @property
+    def shown(self) -> Prediction | None:
+        """What the run shows, None for nothing."""
+        return shown_by(self.observed) if self.observed else None
+
+    @property
     def verdict(self) -> Prediction:
         """What is known of the engine: what it did, where that shows something, else the rules."""
-        shown = shown_by(self.observed) if self.observed else None
-        return self.predicted if shown is None else shown
+        return self.shown or self.predicted
 
 
 class Result(Strict):
