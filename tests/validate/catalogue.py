@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from checkpoints import Draft
 
+from qvalidate.targets import ONE_GPU, Deployment
+
 PB_WO = "FP8_PB_WO"
 PC_PT = "FP8_PER_CHANNEL_PER_TOKEN"
 Q = "model.layers.0.self_attn.q_proj"
@@ -30,6 +32,7 @@ class Fault:
     algo: str = PB_WO
     severity: str = "error"
     engine: bool = False
+    deployment: Deployment = ONE_GPU
 
     @property
     def name(self) -> str:
@@ -47,11 +50,12 @@ def fault(
     algo: str = PB_WO,
     severity: str = "error",
     engine: bool = False,
+    deployment: Deployment = ONE_GPU,
 ) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
     """Put the decorated function into the catalogue."""
 
     def declare(plant: Callable[[Draft], None]) -> Callable[[Draft], None]:
-        FAULTS.append(Fault(plant, rule, where, model, algo, severity, engine))
+        FAULTS.append(Fault(plant, rule, where, model, algo, severity, engine, deployment))
         return plant
 
     return declare

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import document_faults  # noqa: F401  (these six fill the catalogue)
+import deployment_faults  # noqa: F401  (these seven fill the catalogue)
+import document_faults  # noqa: F401
 import format_faults  # noqa: F401
 import mixed_faults  # noqa: F401
 import module_faults  # noqa: F401
@@ -17,7 +18,7 @@ from qschema.strict import Finding
 from qvalidate.loader import load
 from qvalidate.rules import RULES, run
 from qvalidate.rules.vllm_support import SUPPORT
-from qvalidate.targets import parse_targets
+from qvalidate.targets import ONE_GPU, Deployment, parse_targets
 from qvalidate.validation import predict
 
 FORMATS = [*formats(), MIXED]
@@ -26,15 +27,16 @@ FORMATS = [*formats(), MIXED]
 TOO_NARROW = {("llama_odd", "W4A16_AWQ"), ("llama_odd", "W4A8_AWQ")}
 
 
-def check(path: Path, engine: str | None = None) -> list[Finding]:
-    return list(run(load(path), parse_targets(engine) if engine else ()))
+def check(path: Path, engine: str | None = None, deployment: Deployment = ONE_GPU) -> list[Finding]:
+    return list(run(load(path, deployment), parse_targets(engine) if engine else ()))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_found_at_its_place(fault: Fault, tmp_path: Path) -> None:
     made = draft(fault.model, fault.algo)
     fault.plant(made)
-    findings = check(made.write(tmp_path / "made"), "vllm" if fault.engine else None)
+    path = made.write(tmp_path / "made")
+    findings = check(path, "vllm" if fault.engine else None, fault.deployment)
 
     found = [(found.rule, found.where, found.severity) for found in findings]
     assert (fault.rule, fault.where, fault.severity) in found
@@ -46,7 +48,7 @@ def test_finding_names_a_file_of_the_checkpoint(fault: Fault, tmp_path: Path) ->
     fault.plant(made)
     path = made.write(tmp_path / "made")
 
-    for found in check(path, "vllm"):
+    for found in check(path, "vllm", fault.deployment):
         assert Path(found.file).is_relative_to(path), found
 
 

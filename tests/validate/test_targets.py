@@ -40,7 +40,7 @@ def test_engines_and_versions(text: str, expected: dict[str, tuple[str, ...] | N
     ],
 )
 def test_what_names_no_engine(text: str, words: str) -> None:
-    with pytest.raises(TargetError, match="^.*") as caught:
+    with pytest.raises(TargetError) as caught:
         parse_targets(text)
 
     assert words in str(caught.value)

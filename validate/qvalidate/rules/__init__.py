@@ -13,11 +13,13 @@ from qvalidate.rules import (
     mixed,
     modules,
     orphans,
+    parallel,
     siblings,
     sizes,
     tensors,
     values,
     vllm_exclusions,
+    vllm_gpu,
     vllm_layout,
     vllm_limits,
     vllm_mixed,
@@ -40,11 +42,13 @@ _MODULES = (
     kv,
     exclusions,
     files,
+    parallel,
     vllm_limits,
     vllm_layout,
     vllm_exclusions,
     vllm_mixed,
     vllm_scales,
+    vllm_gpu,
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from qschema.architectures import text_config
 from qvalidate.context import LM_HEAD, Context
-from qvalidate.layout import sizes
+from qvalidate.rules.parallel import local_sizes
 from qvalidate.rules.registry import Spot, rule, some
 from qvalidate.rules.vllm_matching import layers
 from qvalidate.rules.vllm_support import SUPPORT, VERSIONS, support_of
@@ -81,7 +81,7 @@ def vllm_columns(context: Context) -> Iterator[Spot]:
         if support is not None and module.declared and columns % support.multiple_of_k:
             message = (
                 f"{module.declared.name} requires in divisible by {support.multiple_of_k}, "
-                f"got {columns}"
+                f"got {columns}{_on_each(context)}"
             )
             yield Spot(module.file, module.weight_name, message)
 
@@ -107,8 +107,8 @@ def vllm_fused_rows(context: Context) -> Iterator[Spot]:
             support = support_of(module)
             if support is not None and rows % support.fused_rows:
                 message = (
-                    f"has {rows} rows, no multiple of {support.fused_rows}, and is not the last "
-                    f"part of {layer.name}"
+                    f"has {rows} rows{_on_each(context)}, no multiple of {support.fused_rows}, and "
+                    f"is not the last part of {layer.name}"
                 )
                 yield Spot(module.file, module.weight_name, message)
 
@@ -191,7 +191,12 @@ def _model_dtype(context: Context) -> tuple[str, str | None]:
     return "", None
 
 
+def _on_each(context: Context) -> str:
+    """Return what goes behind a size that is that of each GPU's part."""
+    return "" if context.deployment.tp == 1 else f" on each of {context.deployment.tp} GPUs"
+
+
 def _sizes(context: Context) -> dict[str, tuple[int, int]]:
-    """Return module -> (rows, columns) of the quantized modules whose codes have the right rank."""
-    found = {module.name: sizes(module, declared) for module, declared in context.encoded}
+    """Return module -> (rows, columns) on each GPU of those whose codes have the right rank."""
+    found = {module.name: local_sizes(context, module) for module, _ in context.encoded}
     return {name: size for name, size in found.items() if size is not None}

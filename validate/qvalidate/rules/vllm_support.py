@@ -21,7 +21,8 @@ class Support:
     says whether the nested config may name it beside producer "modelopt", and `nested_keys` what
     that config must hold then. `dtypes` are the model's. `is_scale_checked` says whether vLLM stops
     at a NaN in a dense layer's weight_scale, which is all NaN until it is loaded. `dropped` are the
-    tensors that it loads and has no use for.
+    tensors that it loads and has no use for. `oldest_gpu` is the compute capability times ten that
+    it needs, `native_gpu` that from which on it has more than Marlin's weight-only kernels.
     """
 
     method: str
@@ -34,6 +35,8 @@ class Support:
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     is_scale_checked: bool = False
     dropped: tuple[str, ...] = ()
+    oldest_gpu: int = 80
+    native_gpu: int = 0
     evidence: str = ""
 
 
@@ -47,15 +50,17 @@ _NVFP4_KEYS = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 
 # quant_algo in upper case -> support; vLLM folds the case itself (modelopt.py:366)
 SUPPORT: Mapping[str, Support] = {
-    "FP8": Support(method="modelopt", evidence="modelopt.py:143-160"),
+    "FP8": Support(method="modelopt", native_gpu=89, evidence="modelopt.py:143-160"),
     "FP8_PER_CHANNEL_PER_TOKEN": Support(
         method="modelopt",
         experts=_NO_EXPERTS,
+        native_gpu=89,
         evidence="modelopt.py:143-160, :256; fused_moe/routed_experts.py:335",
     ),
     "FP8_PB_WO": Support(
         method="modelopt",
         experts=_NO_EXPERTS,
+        native_gpu=90,
         lm_head="vLLM stops with an AssertionError in vocab_parallel_embedding.py:515",
         multiple_of_k=128,
         fused_rows=128,
@@ -63,6 +68,8 @@ SUPPORT: Mapping[str, Support] = {
     ),
     "NVFP4": Support(
         method="modelopt_fp4",
+        oldest_gpu=75,
+        native_gpu=100,
         multiple_of_k=16,
         nested_keys=_NVFP4_KEYS,
         is_scale_checked=True,
@@ -70,6 +77,7 @@ SUPPORT: Mapping[str, Support] = {
     ),
     "W4A16_NVFP4": Support(
         method="modelopt_fp4",
+        oldest_gpu=75,
         multiple_of_k=16,
         is_nested=False,
         nested_keys=_NVFP4_KEYS,
@@ -80,13 +88,16 @@ SUPPORT: Mapping[str, Support] = {
     ),
     "MXFP8": Support(
         method="modelopt_mxfp8",
+        native_gpu=100,
         multiple_of_k=32,
         is_nested=False,
         nested_keys=("kv_cache_quant_algo", "exclude_modules"),
         dtypes=("bfloat16",),
         evidence="modelopt.py:143-160, :1273-1283; model_arch_config_convertor.py:255-270",
     ),
-    "MIXED_PRECISION": Support(method="modelopt_mixed", evidence="modelopt.py:1748-1825"),
+    "MIXED_PRECISION": Support(
+        method="modelopt_mixed", oldest_gpu=75, evidence="modelopt.py:1748-1825"
+    ),
 }
 
 # leaf names that vLLM loads as one layer -> that layer's name (packed_modules_mapping)
