@@ -44,6 +44,7 @@ class LLM:
     def __init__(self, model, max_logprobs):
         self.config = json.loads((Path(model) / "config.json").read_text())
         self.kind = self.config["kind"]
+        LLM.made = True
         assert os.getcwd() == os.path.dirname(os.path.abspath(sys.argv[0]))
         self.llm_engine = SimpleNamespace(model_config=self)
         if self.kind == "noise":

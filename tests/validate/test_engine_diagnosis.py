@@ -2,6 +2,8 @@
 
 import pytest
 
+from qvalidate.engines import sglang, tensorrt_llm
+from qvalidate.engines.adapter import RunnerEngine
 from qvalidate.engines.diagnosis import Diagnosis, diagnose
 from qvalidate.engines.outcome import Level
 from qvalidate.engines.process import Run, RunnerError, RunnerState
@@ -83,6 +85,45 @@ def test_message_of_a_child_process_comes_from_the_log() -> None:
     found = failed("Engine core initialization failed. See root cause above.", log=log)
 
     assert found == Diagnosis("engine-refused", "KeyError: 'w2_weight_input_scale'")
+
+
+def test_a_scheduler_that_died_without_a_word_is_a_crash() -> None:
+    text = "Rank 0 scheduler died during initialization (exit code: -9). If exit code is -9 ..."
+
+    found = failed(text, kind="RuntimeError", log="Loading weights\n")
+
+    assert found is not None
+    assert found.rule == "engine-crashed"
+    assert found.message.startswith("RuntimeError: Rank 0 scheduler died during initialization")
+
+
+def test_a_scheduler_that_died_after_a_word_is_quoted() -> None:
+    text = "Rank 0 scheduler died during initialization (exit code: 0)."
+
+    found = failed(text, kind="RuntimeError", log="  File x\nAssertionError: 3 != 4\ndone\n")
+
+    assert found == Diagnosis("engine-refused", "AssertionError: 3 != 4")
+
+
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [
+        (sglang.ENGINE, "modelopt_fp4 is not supported for the current GPU. Minimum"),
+        (sglang.ENGINE, "ModelOpt NVFP4 native dense GEMM backends require SM100+. Use"),
+        (sglang.ENGINE, "No module named 'sgl_kernel'"),
+        (tensorrt_llm.ENGINE, "FP8 block scaling is not supported on SM 80"),
+        (tensorrt_llm.ENGINE, "TRTLLM-Gen SiTu requires SM100 or SM103, got SM90."),
+    ],
+)
+def test_what_other_engines_say_of_a_machine_is_no_kernel(engine: RunnerEngine, text: str) -> None:
+    error = RunnerError(type="ValueError", text=text, place="")
+    state = RunnerState(reached="import", error=error)
+    run = Run(state=state, returncode=1, timed_out=False, log="", wall_s=1.0)
+
+    found = diagnose(run, level="load", no_kernel=engine.no_kernel, timeout_s=60)
+
+    assert found is not None
+    assert found.rule == "engine-no-kernel"
 
 
 def test_long_messages_are_cut() -> None:

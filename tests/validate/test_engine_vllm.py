@@ -1,5 +1,6 @@
 """The adapter against a stand-in for vLLM: a tiny package that behaves as config.json says."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -14,6 +15,20 @@ from pydantic import ValidationError
 from qvalidate.engines import ENGINES, EngineOutcome, EngineRequest, UnknownEngineError, get
 from qvalidate.engines.interpreter import environment
 from qvalidate.engines.outcome import Level
+from qvalidate.engines.vllm import ENGINE
+
+REFERENCE = """
+import sys
+
+replaced = []
+
+def install():
+    assert not hasattr(sys.modules["vllm"].LLM, "made")
+    replaced.append("scaled_fp8_quant")
+
+def used():
+    return replaced
+"""
 
 
 @pytest.fixture
@@ -148,6 +163,26 @@ def test_nan_never_passes(site: Path, tmp_path: Path) -> None:
     assert [f.rule for f in compared.findings] == ["generate-nonfinite", "compare-nonfinite"]
 
 
+def test_reference_kernels_are_installed_before_the_load_and_reported(
+    site: Path, tmp_path: Path
+) -> None:
+    """The stand-in for the kernels refuses to be installed before vLLM is imported."""
+    file = tmp_path / "reference_vllm.py"
+    file.write_text(REFERENCE)
+    engine = dataclasses.replace(ENGINE, reference_kernels=(str(file),))
+    good = checkpoint(tmp_path / "good")
+
+    outcome = engine.run(
+        EngineRequest(checkpoint=good, python=sys.executable, kernels="reference", timeout_s=60)
+    )
+
+    assert (outcome.verdict, outcome.kernels) == ("passed", ["scaled_fp8_quant"])
+
+
+def test_native_kernels_are_left_alone(site: Path, tmp_path: Path) -> None:
+    assert run(checkpoint(tmp_path / "good"), level="load").kernels == []
+
+
 def test_noise_on_stdout_changes_nothing(site: Path, tmp_path: Path) -> None:
     assert run(checkpoint(tmp_path / "noisy", kind="noise")).verdict == "passed"
 
@@ -184,6 +219,14 @@ def test_pythonpath_is_for_our_interpreter_only(
 
     assert environment({}, python=sys.executable)["PYTHONPATH"] == "/somewhere"
     assert "PYTHONPATH" not in environment({}, python=str(other))
+
+
+def test_helpers_are_found_where_python_hides_the_script_folder(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+
+    assert run(checkpoint(tmp_path / "good"), level="load").verdict == "passed"
 
 
 def test_sigterm_ends_engine_and_folder(

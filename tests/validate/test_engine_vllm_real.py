@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvalidate.engines import EngineOutcome, EngineRequest, get
+from qvalidate.engines.serve import ServeRequest, serve_check
 
 PYTHON = os.environ.get("QVALIDATE_VLLM_PYTHON")
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "checkpoints"
@@ -157,3 +158,17 @@ def test_scale_of_the_wrong_rank_is_refused_by_name(tmp_path: Path) -> None:
     assert outcome.verdict == "failed"
     assert [(f.rule, f.where) for f in outcome.findings] == [("engine-refused", name)]
     assert "[256, 1] into [256]" in outcome.message
+
+
+def test_served_checkpoint_completes_and_chats(tmp_path: Path) -> None:
+    source = FIXTURES / "llama"
+    served = quantized(source, tmp_path / "out", "FP8_PER_CHANNEL_PER_TOKEN")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(source / name, served / name)
+
+    outcome = serve_check(ServeRequest(engine="vllm", checkpoint=served, python=PYTHON))
+
+    print(outcome.model_dump_json())
+    assert (outcome.verdict, outcome.findings, outcome.chat_skipped) == ("passed", [], "")
+    assert outcome.completion
+    assert outcome.chat

@@ -43,8 +43,8 @@ class RunnerEngine:
     no_kernel: re.Pattern[str]
     # files that the runner imports
     helpers: tuple[str, ...] = ("runner_base.py",)
-    # the file of stand-ins for kernels that a machine lacks
-    reference_kernels: str | None = None
+    # the files of stand-ins for kernels that a machine lacks
+    reference_kernels: tuple[str, ...] = ()
 
     def command(self, python: str | None, *, kernels: Kernels = "native") -> Command:
         """Return how the runner is started, under the interpreter that the user gave or ours.
@@ -52,15 +52,13 @@ class RunnerEngine:
         Raises NoInterpreterError.
         """
         found = find_interpreter(python, module=self.module, install=self.install)
-        names = list(self.helpers)
-        if kernels == "reference" and self.reference_kernels is not None:
-            names.append(self.reference_kernels)
+        stand_ins = self.reference_kernels if kernels == "reference" else ()
         here = Path(__file__).parent
         return Command(
             python=found,
             runner=here / self.runner,
             environment=environment(self.defaults, python=found),
-            helpers=tuple(here / name for name in names),
+            helpers=tuple(here / name for name in (*self.helpers, *stand_ins)),
         )
 
     def run(self, request: EngineRequest) -> EngineOutcome:
@@ -86,7 +84,7 @@ class _Attempt:
     def outcome(self) -> EngineOutcome:
         if self.request.level == "compare" and (sentence := numpy_missing()):
             return self._not_run(sentence)
-        if self.request.kernels == "reference" and self.engine.reference_kernels is None:
+        if self.request.kernels == "reference" and not self.engine.reference_kernels:
             return self._not_run(f"there are no reference kernels for {self.engine.name}")
         try:
             candidate = self._run("candidate", self.request.checkpoint, prompts=None)

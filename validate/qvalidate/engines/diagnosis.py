@@ -90,7 +90,8 @@ def _stage(state: RunnerState) -> str:
 
 def _message(error: RunnerError, log: str) -> str:
     if _GENERIC.search(error.text) or _GENERIC.search(error.type):
-        found = [error.causes[-1]] if error.causes else _lines(log)[1]
+        telling = [cause for cause in error.causes if not cause.endswith(": ")]
+        found = telling[-1:] or _lines(log)[1]
         return _short(found[-1] if found else f"{error.type}: {error.text}")
     inner = _INNER.search(error.text)
     if inner is not None:

