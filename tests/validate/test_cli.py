@@ -11,7 +11,8 @@ from catalogue import PB_WO, PC_PT
 from checkpoints import draft
 from click.testing import CliRunner, Result
 
-from qvalidate import cli
+from qvalidate import cli, cli_check
+from qvalidate.reports.schema import PUBLISHED
 from qvalidate.result import Result as Document
 from qvalidate.rules import RULES
 from qvalidate.rules.outside import ENGINE, LOADING
@@ -73,6 +74,34 @@ def test_json_is_a_strict_document(bad: str) -> None:
     assert "missing-tensor" in document.rules
 
 
+@pytest.mark.parametrize(
+    ("style", "start"),
+    [
+        ("junit", '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="qvalidate"'),
+        ("sarif", '{\n  "$schema": "https://docs.oasis-open.org/sarif'),
+        ("html", "<!DOCTYPE html>\n"),
+    ],
+)
+def test_reports_name_the_finding(style: str, start: str, bad: str) -> None:
+    result = invoke(bad, "--format", style)
+
+    assert result.exit_code == 1
+    assert result.stdout.startswith(start)
+    assert "model.layers.0.mlp.down_proj.weight" in result.stdout.replace("<wbr>", "")
+
+
+def test_json_and_html_have_the_numbers_of_the_pictures(good: str) -> None:
+    document = Document.parse(json.loads(invoke(good, "--format", "json").stdout), file="-")
+
+    assert document.measured is not None
+    assert document.measured.scales != []
+    assert "<svg" in invoke(good, "--format", "html").stdout
+
+
+def test_schema_is_the_published_one() -> None:
+    assert invoke("schema").stdout == PUBLISHED.read_text(encoding="utf-8")
+
+
 def test_output_goes_to_a_file(bad: str, tmp_path: Path) -> None:
     file = tmp_path / "report.txt"
     result = invoke(bad, "--output", str(file), "-q")
@@ -121,7 +150,7 @@ def test_file_that_cannot_be_read_exits_2(good: str, monkeypatch: pytest.MonkeyP
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied", f"{good}/model.safetensors")
 
-    monkeypatch.setattr(cli, "validate", refuse)
+    monkeypatch.setattr(cli_check, "validate", refuse)
     result = invoke(good)
 
     assert result.exit_code == 2

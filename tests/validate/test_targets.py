@@ -6,8 +6,9 @@ import pytest
 from catalogue import PC_PT
 from checkpoints import draft
 
-from qvalidate.choice import ChoiceError, choose
+from qvalidate.choice import ChoiceError, Wishes, choose
 from qvalidate.loader import load
+from qvalidate.result import RunLevel
 from qvalidate.rules import RULES
 from qvalidate.targets import KNOWN, Target, TargetError, every_target, parse_gpu, parse_targets
 from qvalidate.validation import predict, validate
@@ -80,16 +81,10 @@ def test_an_unreadable_checkpoint_has_no_prediction(tmp_path: Path) -> None:
     assert [report.predicted for report in result.engines] == ["unknown", "unknown"]
 
 
-def ask(text: str, *pythons: str, level: str | None = None) -> list[str | None]:
-    asks, _ = choose(
-        parse_targets(text),
-        checkpoint=Path("x"),
-        reference=None,
-        pythons=pythons,
-        level=level,  # type: ignore[arg-type]
-        timeout_s=1.0,
-    )
-    return [found.request.python for found in asks]
+def ask(text: str, *pythons: str, level: RunLevel | None = None) -> list[str | None]:
+    wishes = Wishes(checkpoint=Path("x"), pythons=pythons, level=level)
+    asks, _ = choose(parse_targets(text), wishes)
+    return [found.request.python for found in asks if found.request]
 
 
 def test_an_interpreter_is_named_for_its_engine() -> None:
@@ -119,6 +114,51 @@ def test_an_engine_that_is_not_here_is_asked_only_at_a_level(
 
     assert ask("vllm") == []
     assert ask("vllm", level="generate") == [None]
+
+
+def test_a_dry_level_stops_before_the_engine_runs() -> None:
+    asks, _ = choose(parse_targets("vllm"), Wishes(checkpoint=Path("x"), level="dry", tp=8))
+    (found,) = asks
+
+    assert found.request is None
+    assert found.dry is not None
+    assert (found.level, found.dry.tp) == ("dry", 8)
+
+
+def test_every_level_of_vllm_begins_with_a_dry_load() -> None:
+    (found,) = choose(parse_targets("vllm"), Wishes(checkpoint=Path("x"), level="generate"))[0]
+    (other,) = choose(parse_targets("sglang"), Wishes(checkpoint=Path("x"), level="generate"))[0]
+
+    assert found.dry is not None
+    assert other.dry is None
+    assert (found.stands_in, other.stands_in) == (True, False)
+
+
+def test_a_server_and_tasks_are_asked_on_request() -> None:
+    wishes = Wishes(
+        checkpoint=Path("x"), reference=Path("y"), serve=True, tasks=["mmlu"], max_drop=0.5
+    )
+    (found,) = choose(parse_targets("sglang"), wishes)[0]
+
+    assert found.serve is not None
+    assert found.tasks is not None
+    assert (found.tasks.tasks, found.tasks.max_drop) == (["mmlu"], 0.5)
+    assert found.level == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("text", "wishes", "words"),
+    [
+        ("sglang", Wishes(Path("x"), level="dry"), "sglang can't load without a GPU"),
+        ("vllm", Wishes(Path("x"), level="compare"), "needs the source: --reference"),
+        ("vllm", Wishes(Path("x"), tasks=["mmlu"]), "--tasks needs the source"),
+        ("vllm", Wishes(Path("x"), level="rules", serve=True), "--level rules does not"),
+        ("", Wishes(Path("x"), serve=True), "need an engine"),
+    ],
+)
+def test_what_does_not_go_together(text: str, wishes: Wishes, words: str) -> None:
+    with pytest.raises(ChoiceError, match=words):
+        choose(parse_targets(text) if text else (), wishes)
 
 
 def test_predictions_are_one_engines(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from qschema.plan import Tool
 from qschema.strict import Finding
 from qvalidate import choice, cli
+from qvalidate.dry import DryOutcome
 from qvalidate.engines import FOUR_BITS, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.engines.outcome import Level, Verdict
 from qvalidate.result import Agreement, EngineReport, Prediction, Subject
@@ -77,6 +78,7 @@ def refused(tmp_path: Path) -> str:
 def stand_in(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> StandIn:
     engine = StandIn(verdict)
     monkeypatch.setattr(choice, "get", lambda name: engine)
+    monkeypatch.setattr(choice, "DRY_ENGINES", ())
     return engine
 
 
@@ -196,7 +198,11 @@ def test_agreement_of_prediction_and_run(
 ) -> None:
     observed = EngineOutcome(engine="vllm", level="compare", verdict=verdict, reached=reached)
 
-    assert agreement(predicted, observed) == expected
+    assert agreement(report_of(predicted, observed)) == expected
+
+
+def report_of(predicted: Prediction, observed: EngineOutcome) -> EngineReport:
+    return EngineReport(engine="vllm", versions=["0.33.0"], predicted=predicted, observed=observed)
 
 
 def reported(*agreements: Agreement) -> list[ValidationResult]:
@@ -259,7 +265,33 @@ def failed_by(*rules: str) -> EngineOutcome:
 def test_a_failure_confirms_only_what_it_shows(
     predicted: Prediction, rules: list[str], expected: str
 ) -> None:
-    assert agreement(predicted, failed_by(*rules)) == expected
+    assert agreement(report_of(predicted, failed_by(*rules))) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "predicted", "expected"),
+    [
+        ("dry-refused", "refuses", "confirmed"),
+        ("dry-refused", "loads", "contradicted"),
+        ("dry-missing", "loads-but-wrong", "confirmed"),
+        ("dry-cast", "loads", "contradicted"),
+        ("dry-unexpected", "loads", "untested"),
+        ("dry-crashed", "loads", "untested"),
+    ],
+)
+def test_what_a_dry_load_shows(rule: str, predicted: Prediction, expected: str) -> None:
+    finding = Finding(file="x", where="", rule=rule, message="no")
+    dry = DryOutcome(verdict="failed", tp=1, findings=[finding])
+    report = EngineReport(engine="vllm", versions=["0.33.0"], predicted=predicted, dry=dry)
+
+    assert agreement(report) == expected
+
+
+def test_a_dry_load_that_passes_says_nothing_about_values() -> None:
+    dry = DryOutcome(verdict="passed", tp=1)
+    report = EngineReport(engine="vllm", versions=["0.33.0"], predicted="loads", dry=dry)
+
+    assert agreement(report) == "untested"
 
 
 @pytest.mark.parametrize("predicted", ["loads", "refuses", "loads-but-wrong"])
@@ -277,4 +309,4 @@ def test_a_failure_confirms_only_what_it_shows(
 def test_what_is_not_about_the_checkpoint_shows_nothing(
     predicted: Prediction, rules: list[str]
 ) -> None:
-    assert agreement(predicted, failed_by(*rules)) == "untested"
+    assert agreement(report_of(predicted, failed_by(*rules))) == "untested"

@@ -1,6 +1,6 @@
 """Faults that only vLLM minds, or that only its own matching makes faults of."""
 
-from catalogue import GATE, O_PROJ, PB_WO, PC_PT, K, Q, fault
+from catalogue import GATE, O_PROJ, PB_WO, PC_PT, K, Q, V, fault
 from checkpoints import MIXED, Draft, f32
 from mixed_faults import FLAT, LAYERS, entries
 
@@ -215,3 +215,9 @@ def plain_linear_in_no_list(draft: Draft) -> None:
     draft.put(
         "model.layers.0.mlp.gate.weight", ("BF16", (4, 256), bytes(2048)), beside=f"{Q}.weight"
     )
+
+
+@fault("vllm-scale-overflow", f"{Q}.weight_scale_2", algo="NVFP4", engine=True)
+def global_scale_that_overflows(draft: Draft) -> None:
+    for name in (Q, K, V):
+        draft.put(f"{name}.weight_scale_2", ("F32", (), f32(512.0)))

@@ -1,52 +1,12 @@
 """The qvalidate command. `qvalidate CKPT ...` is `qvalidate check CKPT ...`."""
 
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, TypeVar
-
 import click
 
-from qvalidate import __version__, explain, report
-from qvalidate.choice import ChoiceError, choose
-from qvalidate.engines import FOUR_BITS, Thresholds
+from qvalidate import __version__, explain
+from qvalidate.cli_check import check
+from qvalidate.fix.cli import fix
 from qvalidate.matrix.cli import matrix, support
-from qvalidate.result import RunLevel
-from qvalidate.targets import Deployment, TargetError, parse_gpu, parse_targets
-from qvalidate.validation import LEVELS, validate
-
-_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
-
-
-class _Finite(click.FloatRange):
-    """A range of numbers that NaN and infinity are never in."""
-
-    def convert(
-        self, value: float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return number
-
-
-_POSITIVE = _Finite(min=0, min_open=True)
-_SHARE = _Finite(min=0, max=1)
-_COUNT = click.IntRange(min=1)
-_Command = TypeVar("_Command", bound=Callable[..., None])
-
-
-def _number(
-    name: str, default: float | None, *, text: str, values: _Finite = _POSITIVE
-) -> Callable[[_Command], _Command]:
-    return click.option(name, type=values, default=default, show_default=True, help=text)
-
-
-def _limit(name: str, field: str, *, text: str, values: _Finite) -> Callable[[_Command], _Command]:
-    """Return an option whose default depends on the checkpoint's codes."""
-    eight, four = (getattr(limits, field) for limits in (Thresholds(), FOUR_BITS))
-    default = f"{text} Default: {eight:g}, for 4-bit codes {four:g}."
-    return _number(name, None, text=default, values=values)
+from qvalidate.reports.schema import schema_text
 
 
 class _CheckByDefault(click.Group):
@@ -76,137 +36,8 @@ def main() -> None:
     """
 
 
-@main.command()
-@click.argument("ckpt", type=_DIRECTORY)
-@click.option(
-    "--engine",
-    "engines",
-    metavar="LIST",
-    help="The engines it is meant for, like 'vllm>=0.33,sglang==0.5.17'. Their rules apply in "
-    "full, and those that are installed here are asked.",
-)
-@click.option("--tp", type=_COUNT, default=1, show_default=True, help="GPUs that share each layer.")
-@click.option("--ep", type=_COUNT, default=1, show_default=True, help="GPUs that share experts.")
-@click.option("--pp", type=_COUNT, default=1, show_default=True, help="GPUs that share layers.")
-@click.option("--gpu", metavar="SM", help="The kind of GPU: sm_80, sm_89, sm_90, sm_100, sm_120.")
-@click.option(
-    "--reference",
-    metavar="DIR",
-    type=_DIRECTORY,
-    help="The source checkpoint: weights are compared, and logprobs if an engine is asked.",
-)
-@click.option(
-    "--python",
-    "pythons",
-    metavar="[ENGINE=]PATH",
-    multiple=True,
-    help="An engine's interpreter, if it has its own. For several engines name each one's.",
-)
-@click.option(
-    "--level",
-    type=click.Choice(LEVELS),
-    help="How far to go, each level including those before it. Default: as far as this machine "
-    "can with what is given: rules; generate in an engine; compare with --reference.",
-)
-@click.option(
-    "--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file."
-)
-@_number("--timeout", 600.0, text="Seconds for each start of the engine.")
-@_limit("--max-kl", "max_kl", text="Mean KL, in nats.", values=_POSITIVE)
-@_limit("--min-top1", "min_top1", text="Top-1 agreement.", values=_SHARE)
-@_limit("--max-rel", "max_relative_error", text="Relative error of the logprobs.", values=_POSITIVE)
-@click.option("--strict", is_flag=True, help="Warnings fail too.")
-@click.option("-q", "--quiet", is_flag=True, help="No words on stderr, no notes.")
-@click.option("-v", "--verbose", is_flag=True, help="All findings of every rule.")
-@click.option(
-    "--color",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-)
-@click.pass_context
-def check(
-    context: click.Context,
-    ckpt: Path,
-    engines: str | None,
-    tp: int,
-    ep: int,
-    pp: int,
-    gpu: str | None,
-    reference: Path | None,
-    pythons: tuple[str, ...],
-    level: RunLevel | None,
-    style: Literal["text", "json"],
-    output: Path | None,
-    timeout: float,
-    max_kl: float | None,
-    min_top1: float | None,
-    max_rel: float | None,
-    strict: bool,
-    quiet: bool,
-    verbose: bool,
-    color: Literal["auto", "always", "never"],
-) -> None:
-    """Check the checkpoint CKPT by the rules, and with --engine in the real engines.
-
-    Exit status: 0 clean, 1 findings, 2 misuse (also an engine that --level needs and that is not
-    installed).
-
-    \b
-    $ qvalidate my-model-fp8
-    my-model-fp8/model.safetensors::model.layers.0.mlp.down_proj.weight_scale: missing-tensor: ...
-    """
-    try:
-        targets = parse_targets(engines) if engines else ()
-        deployment = Deployment(tp=tp, ep=ep, pp=pp, gpu=None if gpu is None else parse_gpu(gpu))
-        asks, remarks = choose(
-            targets,
-            checkpoint=ckpt,
-            reference=reference,
-            pythons=pythons,
-            level=level,
-            timeout_s=timeout,
-        )
-    except (TargetError, ChoiceError) as error:
-        raise click.UsageError(str(error)) from None
-    asked = {"max_kl": max_kl, "min_top1": min_top1, "max_relative_error": max_rel}
-    limits = {field: value for field, value in asked.items() if value is not None}
-    try:
-        result = validate(
-            ckpt,
-            reference=reference,
-            targets=targets,
-            deployment=deployment,
-            asks=asks,
-            limits=limits,
-        )
-    except ModuleNotFoundError as error:
-        extra = "convert" if error.name == "torch" else "validate"
-        needs = f"--reference needs {error.name}: pip install 'qconvert[{extra}]'"
-        raise click.UsageError(needs) from None
-    except OSError as error:
-        message = f"can't read {error.filename or ckpt}: {error.strerror or error}"
-        raise click.UsageError(message) from None
-    if style == "json":
-        text = result.model_dump_json(indent=2)
-    else:
-        text = "\n".join(report.lines(result, quiet=quiet, verbose=verbose))
-    wants_color = None if color == "auto" else color == "always"
-    if output is not None:
-        _write(output, text if wants_color else click.unstyle(text))
-    elif text:
-        click.echo(text, color=wants_color)
-    if not quiet:
-        for line in [*remarks, *report.summary(result)]:
-            click.echo(line, err=True)
-        if (hint := report.hint(result)) is not None:
-            click.echo(f"hint: {hint}", err=True)
-    context.exit(result.exit_code(strict=strict))
-
-
+main.add_command(check)
+main.add_command(fix)
 main.add_command(matrix)
 main.add_command(support)
 
@@ -236,8 +67,11 @@ def rules(markdown: bool) -> None:
     click.echo(explain.markdown() if markdown else "\n".join(explain.listing()), nl=not markdown)
 
 
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(f"{text}\n" if text else "")
-    except OSError as error:
-        raise click.UsageError(f"can't write {output}: {error.strerror or error}") from None
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of what `--format json` writes.
+
+    \b
+    $ qvalidate schema > qvalidate-result.schema.json
+    """
+    click.echo(schema_text(), nl=False)

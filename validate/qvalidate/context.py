@@ -19,7 +19,7 @@ from qschema.safetensors import Stored
 from qschema.strict import Json
 from qvalidate.assignment import Assignment
 from qvalidate.documents import QuantConfig
-from qvalidate.scales import Scale, ScaleRole, scale_stats
+from qvalidate.scales import Scale, ScaleRole, all_stats
 from qvalidate.targets import ONE_GPU, Deployment
 
 LM_HEAD = "lm_head"
@@ -146,10 +146,11 @@ class Context:
 
         Reads their bytes. Tensors of another dtype than the declared one are left out.
         """
+        wanted = [(stored, role) for stored, dtype, role in self._scales() if stored.dtype == dtype]
         return tuple(
             Scale(role=role, stats=stats)
-            for stored, dtype, role in self._scales()
-            if stored.dtype == dtype and (stats := scale_stats(stored, role=role)) is not None
+            for (_, role), stats in zip(wanted, all_stats(wanted), strict=True)
+            if stats is not None
         )
 
     @cached_property

@@ -25,8 +25,9 @@ nearest ones (GPTQ) are beyond this, and can be judged by an engine's output onl
     N  rows out    K  columns in    R  rows of a chunk    G  groups beside each other
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from qschema.formats import Format
@@ -69,6 +70,27 @@ class Deviation:
     num_groups: int = 0
     num_beyond: int = 0
     num_nonfinite: int = 0
+    # over all groups: ||w - decoded||^2, ||w||^2, and the square of what each may be off; they
+    # depend on the order of the additions, so no comparison looks at them
+    error_squares: float = field(default=0.0, compare=False)
+    norm_squares: float = field(default=0.0, compare=False)
+    allowed_squares: float = field(default=0.0, compare=False)
+
+    @property
+    def whole_error(self) -> float:
+        """||w - decoded|| / ||w|| over the whole weight; infinite where only zeros should be."""
+        return _ratio(self.error_squares, self.norm_squares)
+
+    @property
+    def whole_allowed(self) -> float:
+        """The same if every group were off by as much as its format explains, without clipping."""
+        return _ratio(self.allowed_squares, self.norm_squares)
+
+
+def _ratio(squares: float, norm_squares: float) -> float:
+    if squares == 0:
+        return 0.0
+    return math.sqrt(squares / norm_squares) if norm_squares else math.inf
 
 
 @dataclass
@@ -257,6 +279,10 @@ def _judge(
     cuts = np.arange(0, span[1] - span[0], step)
     groups = _reduced(sums, cuts)
     is_beyond = _is_beyond(groups, pair, span, step, limits)
+    allowed = _allowed(groups.norm, _steps_squares(groups, pair, span, step, limits), limits)
+    found.error_squares += float(groups.error.sum())
+    found.norm_squares += float(groups.norm.sum())
+    found.allowed_squares += float(np.square(allowed).sum())
     _keep_worst(found, groups, is_beyond, pair, span, step)
     if step > 1:
         spread = np.repeat(np.arange(len(cuts)), np.diff([*cuts, span[1] - span[0]]))
@@ -296,15 +322,10 @@ def _is_beyond(
     import numpy as np
 
     scale, largest = sums.scales.astype(np.float64), sums.largest.astype(np.float64)
-    needed = np.maximum(largest, limits.tiny) / limits.largest
-    floor = limits.half_step * np.minimum(scale, 2 * needed + limits.free_scale)
-    count = np.multiply.outer(_extents(*span, step), _extents(0, pair.columns, pair.steps[1]))
+    steps_squares = _steps_squares(sums, pair, span, step, limits)
 
     def is_within(error: "F64", norm: "F64") -> "npt.NDArray[np.bool_]":
-        allowed: F64 = np.sqrt(limits.relative**2 * norm + count * floor**2)
-        allowed += limits.rounding * np.sqrt(norm)
-        allowed[norm == 0] = 0
-        within: npt.NDArray[np.bool_] = np.sqrt(error) <= allowed
+        within: npt.NDArray[np.bool_] = np.sqrt(error) <= _allowed(norm, steps_squares, limits)
         return within
 
     # a NaN is within nothing
@@ -313,6 +334,30 @@ def _is_beyond(
         is_within(sums.error, sums.norm)
         | (is_clip & is_within(sums.clipped_error, sums.clipped_norm))
     )
+
+
+def _steps_squares(
+    sums: _Sums, pair: Pair, span: tuple[int, int], step: int, limits: _Limits
+) -> "F64":
+    """Return n (h S)^2 of each part: what rounding to the nearest code can add up to."""
+    import numpy as np
+
+    scale, largest = sums.scales.astype(np.float64), sums.largest.astype(np.float64)
+    needed = np.maximum(largest, limits.tiny) / limits.largest
+    floor = limits.half_step * np.minimum(scale, 2 * needed + limits.free_scale)
+    count = np.multiply.outer(_extents(*span, step), _extents(0, pair.columns, pair.steps[1]))
+    found: F64 = count * floor**2
+    return found
+
+
+def _allowed(norm: "F64", steps_squares: "F64", limits: _Limits) -> "F64":
+    """Return what each part may be off, from its ||w||^2."""
+    import numpy as np
+
+    allowed: F64 = np.sqrt(limits.relative**2 * norm + steps_squares)
+    allowed += limits.rounding * np.sqrt(norm)
+    allowed[norm == 0] = 0
+    return allowed
 
 
 def _extents(start: int, stop: int, step: int) -> "F64":

@@ -13,6 +13,8 @@ _COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 # findings of one rule that are shown without -v
 _SHOWN = 10
+# rules that are named behind an engine
+_REASONS = 2
 
 
 def lines(result: Result, *, quiet: bool, verbose: bool) -> Iterator[str]:
@@ -40,8 +42,11 @@ def engine_lines(report: EngineReport) -> Iterator[str]:
     """Yield what was predicted of the engine, what it did, and whether they agree."""
     by = f" ({', '.join(report.predicted_by)})" if report.predicted_by else ""
     yield f"{report.engine}: predicted: {report.predicted}{by}"
+    yield from _parts(report)
     observed = report.observed
     if observed is None:
+        if report.dry is not None:
+            yield _agreement(report)
         return
     known = [part for part in (observed.version, observed.device) if part]
     where = f" [{', '.join(known)}]" if known else ""
@@ -61,19 +66,49 @@ def engine_lines(report: EngineReport) -> Iterator[str]:
             f"top-1 {compared.top1_agreement:.3g}, relative error {compared.relative_error:.3g} "
             f"over {compared.num_positions} positions"
         )
-    yield {
-        "confirmed": f"{report.engine}: the run confirms the prediction",
-        "contradicted": f"{report.engine}: the run contradicts the prediction",
-        "untested": f"{report.engine}: the run says nothing about the prediction",
+    if observed.kernels:
+        yield f"{report.engine}: with plain expressions for {', '.join(observed.kernels)}"
+    yield _agreement(report)
+
+
+def _parts(report: EngineReport) -> Iterator[str]:
+    """Yield a line for what was asked beside loading and generating."""
+    if (dry := report.dry) is not None:
+        counted = f"{dry.num_tensors} tensors, {dry.ranks_checked} of {dry.tp} ranks"
+        version = f" [{dry.version}]" if dry.version else ""
+        message = f": {dry.message}" if dry.message else ""
+        yield f"{report.engine}: dry load: {dry.verdict}, {counted}{version}{message}"
+    if (served := report.served) is not None:
+        ready = f", ready in {served.ready_s:.1f} s" if served.ready_s is not None else ""
+        chat = f"; chat not asked: {served.chat_skipped}" if served.chat_skipped else ""
+        yield f"{report.engine}: server: {served.verdict}{ready}{chat}"
+    if (evaluated := report.evaluated) is not None:
+        scores = ", ".join(
+            f"{score.task} {score.candidate:.4f} (source {score.reference:.4f})"
+            for score in evaluated.scores
+        )
+        yield f"{report.engine}: tasks: {evaluated.verdict}: {scores or evaluated.message}"
+
+
+def _agreement(report: EngineReport) -> str:
+    said = {
+        "confirmed": "confirms the prediction",
+        "contradicted": "contradicts the prediction",
+        "untested": "says nothing about the prediction",
     }[report.agreement]
+    return f"{report.engine}: the run {said}"
 
 
 def summary(result: Result) -> Iterator[str]:
     """Yield what a person reads last: counts, and which engines it suits if none is named."""
     subject = result.checkpoint
+    found: Counter[str] = Counter(
+        finding.severity
+        for finding in result.findings
+        if not _is_aside(finding, result, verbose=False)
+    )
     counts = ", ".join(
-        f"{result.count(level)} {level}{'' if result.count(level) == 1 else 's'}"
-        for level in ("error", "warning", "note")
+        f"{found[level]} {level}{'' if found[level] == 1 else 's'}" for level in _ORDER
     )
     what = " ".join(part for part in (subject.model_type, subject.algo) if part)
     about = f" ({what}, {subject.num_quantized} quantized modules)" if what else ""
@@ -81,12 +116,18 @@ def summary(result: Result) -> Iterator[str]:
     if result.is_for_any_engine and result.rules:
         for prediction in ("loads", "loads-but-wrong", "refuses", "unknown"):
             names = [
-                f"{report.engine} {', '.join(report.versions)}"
+                f"{report.engine} {', '.join(report.versions)}{_because(report)}"
                 for report in result.engines
                 if report.predicted == prediction
             ]
             if names:
-                yield f"{prediction}: {'; '.join(names)} (by the rules)"
+                yield f"{prediction}: {'; '.join(names)}"
+
+
+def _because(report: EngineReport) -> str:
+    more = "" if len(report.predicted_by) <= _REASONS else ", ..."
+    reasons = ", ".join(report.predicted_by[:_REASONS])
+    return f" ({reasons}{more})" if reasons else ""
 
 
 def hint(result: Result) -> str | None:

@@ -6,9 +6,13 @@ from pydantic import Field
 
 from qschema.plan import Tool
 from qschema.strict import Finding, Strict
+from qvalidate.dry import DryOutcome
 from qvalidate.engines.outcome import EngineOutcome
+from qvalidate.engines.serve import ServeOutcome
+from qvalidate.evaluate import EvalOutcome
+from qvalidate.measured import Measured
 
-RunLevel: TypeAlias = Literal["rules", "load", "generate", "compare"]
+RunLevel: TypeAlias = Literal["rules", "dry", "load", "generate", "compare", "evaluate"]
 Prediction: TypeAlias = Literal["loads", "refuses", "loads-but-wrong", "unknown"]
 Agreement: TypeAlias = Literal["confirmed", "contradicted", "untested"]
 
@@ -24,6 +28,10 @@ _SHOWS: dict[str, Prediction] = {
 }
 
 
+# what a loader leaves uninitialised, cuts off or casts; a tensor that it leaves may be no loss
+_GARBLES = frozenset({"dry-missing", "dry-truncated", "dry-cast"})
+
+
 def shown_by(observed: EngineOutcome) -> Prediction | None:
     """Return what a run shows about the checkpoint, None for nothing.
 
@@ -37,6 +45,16 @@ def shown_by(observed: EngineOutcome) -> Prediction | None:
     rules = [finding.rule for finding in observed.findings if finding.severity == "error"]
     shown = {_SHOWS.get(rule) for rule in rules}
     return shown.pop() if len(shown) == 1 else None
+
+
+def shown_by_loader(dry: DryOutcome) -> Prediction | None:
+    """Return what a dry load shows, None for nothing: that values are right it can't tell."""
+    rules = {finding.rule for finding in dry.findings if finding.severity == "error"}
+    if dry.verdict != "failed":
+        return None
+    if "dry-refused" in rules:
+        return "refuses"
+    return "loads-but-wrong" if rules & _GARBLES else None
 
 
 class Subject(Strict):
@@ -60,14 +78,18 @@ class EngineReport(Strict):
     predicted: Prediction
     # the rules that the prediction rests on
     predicted_by: list[str] = Field(default_factory=list)
-    # None at the level `rules`
+    # each None where the engine was not asked for it
+    dry: DryOutcome | None = None
     observed: EngineOutcome | None = None
+    served: ServeOutcome | None = None
+    evaluated: EvalOutcome | None = None
     agreement: Agreement = "untested"
 
     @property
     def shown(self) -> Prediction | None:
-        """What the run shows, None for nothing."""
-        return shown_by(self.observed) if self.observed else None
+        """What the engine shows, None for nothing; a run counts for more than a dry load."""
+        by_run = shown_by(self.observed) if self.observed else None
+        return by_run or (shown_by_loader(self.dry) if self.dry else None)
 
     @property
     def verdict(self) -> Prediction:
@@ -89,6 +111,8 @@ class Result(Strict):
     # of the engines that were named; of all versions that the rules know, if none was
     engines: list[EngineReport] = Field(default_factory=list)
     is_for_any_engine: bool = False
+    # numbers for pictures; None where no report asked for them
+    measured: Measured | None = None
 
     def count(self, severity: str) -> int:
         """Return the number of findings of that severity."""
@@ -96,7 +120,11 @@ class Result(Strict):
 
     def exit_code(self, *, strict: bool) -> int:
         """Return 0 clean, 1 findings, 2 where an engine asked for could not be started."""
-        observed = (report.observed for report in self.engines)
-        if any(outcome is not None and outcome.verdict == "not-run" for outcome in observed):
+        parts = (
+            part
+            for report in self.engines
+            for part in (report.dry, report.observed, report.served, report.evaluated)
+        )
+        if any(part is not None and part.verdict in ("not-run", "no-engine") for part in parts):
             return 2
         return 1 if self.count("error") or (strict and self.count("warning")) else 0

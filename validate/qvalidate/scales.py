@@ -9,10 +9,11 @@ import os
 import struct
 import sys
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from qschema.dtypes import BITS
@@ -65,12 +66,35 @@ class Scale:
     stats: ScaleStats
 
 
+def all_stats(wanted: Sequence[tuple[Stored, ScaleRole]]) -> list[ScaleStats | None]:
+    """Return `scale_stats` of each; a file is opened once, and told before what will be read."""
+    found: list[ScaleStats | None] = [None] * len(wanted)
+    places: dict[Path, list[int]] = defaultdict(list)
+    for place, (stored, _) in enumerate(wanted):
+        places[stored.file].append(place)
+    for path, members in places.items():
+        with open(path, "rb") as file:
+            # thousands of small reads far apart: the disk can have them all at once
+            for stored in (wanted[place][0] for place in members):
+                os.posix_fadvise(
+                    file.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_WILLNEED
+                )
+            for place in members:
+                stored, role = wanted[place]
+                found[place] = _stats(stored, role, file.fileno())
+    return found
+
+
 def scale_stats(stored: Stored, *, role: ScaleRole = "scale") -> ScaleStats | None:
     """Return what `stored` holds, None if its dtype is none of scales (U8 only of row scales)."""
+    return all_stats([(stored, role)])[0]
+
+
+def _stats(stored: Stored, role: ScaleRole, descriptor: int) -> ScaleStats | None:
     if stored.dtype in _FLOATS:
-        return _float_stats(stored)
+        return _float_stats(stored, descriptor)
     if stored.dtype == "F8_E4M3" or (stored.dtype == "U8" and role == "scale"):
-        return _byte_stats(stored, BYTES[stored.dtype])
+        return _byte_stats(stored, BYTES[stored.dtype], descriptor)
     return None
 
 
@@ -78,14 +102,15 @@ def scalar(stored: Stored) -> float | None:
     """Return the number that a tensor of one float holds, None if it is no such tensor."""
     if stored.dtype not in _FLOATS or stored.nbytes * 8 != BITS[stored.dtype]:
         return None
-    (piece,) = _pieces(stored)
+    with open(stored.file, "rb") as file:
+        (piece,) = _pieces(stored, file.fileno())
     return float(_decode(piece, stored.dtype)[0])
 
 
-def _float_stats(stored: Stored) -> ScaleStats:
+def _float_stats(stored: Stored, descriptor: int) -> ScaleStats:
     count = num_nan = num_inf = num_zero = num_negative = num_denormal = 0
     minimum, maximum = math.inf, -math.inf
-    for piece in _pieces(stored):
+    for piece in _pieces(stored, descriptor):
         values = _decode(piece, stored.dtype)
         count += len(values)
         # one pass in C tells whether anything is odd; a sum keeps every NaN and Inf
@@ -114,12 +139,12 @@ def _float_stats(stored: Stored) -> ScaleStats:
     )
 
 
-def _byte_stats(stored: Stored, values: tuple[float, ...]) -> ScaleStats:
+def _byte_stats(stored: Stored, values: tuple[float, ...], descriptor: int) -> ScaleStats:
     """Return the stats of scales of one byte each; the smallest E8M0 is no denormal there."""
     ascending = sorted((code for code in range(256) if values[code] > 0), key=values.__getitem__)
     positive, found = bytes(ascending), set[int]()
     others: Counter[int] = Counter()
-    for piece in _pieces(stored):
+    for piece in _pieces(stored, descriptor):
         # searches in C: one for what is odd, and one for every code beyond the extremes
         others.update(piece.translate(None, positive))
         for codes in (positive, positive[::-1]):
@@ -138,11 +163,10 @@ def _byte_stats(stored: Stored, values: tuple[float, ...]) -> ScaleStats:
     )
 
 
-def _pieces(stored: Stored) -> Iterator[bytes]:
-    with open(stored.file, "rb") as file:
-        for start in range(0, stored.nbytes, _PIECE_NBYTES):
-            want = min(_PIECE_NBYTES, stored.nbytes - start)
-            yield os.pread(file.fileno(), want, stored.offset + start)
+def _pieces(stored: Stored, descriptor: int) -> Iterator[bytes]:
+    for start in range(0, stored.nbytes, _PIECE_NBYTES):
+        want = min(_PIECE_NBYTES, stored.nbytes - start)
+        yield os.pread(descriptor, want, stored.offset + start)
 
 
 def _decode(piece: bytes, dtype: str) -> "array[float]":

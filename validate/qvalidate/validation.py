@@ -1,15 +1,17 @@
 """One validation from a path to a Result: load, rules, and the engines that are to be asked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qschema.plan import Tool
 from qschema.strict import DocumentError, Finding
 from qvalidate import __version__
+from qvalidate.asking import Answer, Ask, answer
 from qvalidate.context import Context
-from qvalidate.engines import FOUR_BITS, Engine, EngineOutcome, EngineRequest, Thresholds
+from qvalidate.engines import FOUR_BITS, Thresholds
+from qvalidate.engines.outcome import FOUR_BIT_INPUTS
 from qvalidate.loader import load
+from qvalidate.measured import LayerError, measure
 from qvalidate.result import (
     Agreement,
     EngineReport,
@@ -17,26 +19,17 @@ from qvalidate.result import (
     Result,
     RunLevel,
     Subject,
-    shown_by,
 )
 from qvalidate.rules import RULES, raw, softened
 from qvalidate.rules.outside import WEIGHTS
 from qvalidate.rules.registry import Effect
 from qvalidate.targets import ONE_GPU, Deployment, Target, every_target
-from qvalidate.weights import weight_findings
+from qvalidate.weights import compared
 
 # each includes the ones before it
-LEVELS: Sequence[RunLevel] = ("rules", "load", "generate", "compare")
+LEVELS: Sequence[RunLevel] = ("rules", "dry", "load", "generate", "compare")
 
 _TOOL = Tool(name="qvalidate", version=__version__)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A real engine and what is to be asked of it."""
-
-    engine: Engine
-    request: EngineRequest
 
 
 def validate(
@@ -47,6 +40,7 @@ def validate(
     deployment: Deployment = ONE_GPU,
     asks: Sequence[Ask] = (),
     limits: Mapping[str, float] | None = None,
+    measures: bool = False,
 ) -> Result:
     """Return what the rules, and the engines that are asked, say about `path`.
 
@@ -54,7 +48,7 @@ def validate(
     engine is run also where the rules predict that it refuses: the report says whether it did.
     Without `targets` there is a prediction for every version that the rules know, and what only an
     engine minds is softened. `limits` replaces thresholds of comparisons by name; the others follow
-    from the codes.
+    from the codes. With `measures` the result has what its pictures need.
     """
     level = _furthest(asks)
     wanted = tuple(targets) or every_target()
@@ -71,16 +65,23 @@ def validate(
             is_for_any_engine=not targets,
         )
     findings = list(raw(context, wanted))
+    errors: list[LayerError] | None = None
     if reference is not None:
-        findings += weight_findings(context, reference)
+        seen = list(compared(context, reference))
+        findings += [item for item in seen if isinstance(item, Finding)]
+        errors = [item for item in seen if isinstance(item, LayerError)]
     reports = [_report(target, *predict(findings, target)) for target in wanted]
     shown = findings if targets else list(softened(findings))
+    given = dict(limits or {})
     for ask in asks:
-        found = thresholds(context).model_copy(update=dict(limits or {}))
-        observed = ask.engine.run(ask.request.model_copy(update={"thresholds": found}))
-        shown += observed.findings
+        found = answer(
+            ask,
+            limits=thresholds(context).model_copy(update=given),
+            limits_of_plain=thresholds(context, has_plain_kernels=True).model_copy(update=given),
+        )
+        shown += found.findings()
         reports = [
-            _observed(report, observed) if report.engine == ask.engine.name else report
+            _answered(report, found) if report.engine == ask.engine.name else report
             for report in reports
         ]
     return Result(
@@ -91,6 +92,7 @@ def validate(
         findings=shown,
         engines=reports,
         is_for_any_engine=not targets,
+        measured=measure(context, errors) if measures else None,
     )
 
 
@@ -113,19 +115,20 @@ def predict(findings: Sequence[Finding], target: Target) -> tuple[Prediction, li
     return "loads", []
 
 
-def agreement(predicted: Prediction, observed: EngineOutcome | None) -> Agreement:
-    """Return whether the run bears the prediction out; what showed nothing can't."""
-    shown = shown_by(observed) if observed else None
-    if observed is None or shown is None or predicted == "unknown":
+def agreement(report: EngineReport) -> Agreement:
+    """Return whether the engine bears the prediction out; what showed nothing can't."""
+    shown, predicted, observed = report.shown, report.predicted, report.observed
+    if shown is None or predicted == "unknown":
         return "untested"
-    if shown == "loads" and predicted == "loads-but-wrong" and observed.reached != "compare":
+    has_compared = observed is not None and observed.reached == "compare"
+    if shown == "loads" and predicted == "loads-but-wrong" and not has_compared:
         return "untested"
     return "confirmed" if shown == predicted else "contradicted"
 
 
 def _furthest(asks: Sequence[Ask]) -> RunLevel:
-    asked = {ask.request.level for ask in asks}
-    return next((level for level in reversed(LEVELS) if level in asked), "rules")
+    asked = {ask.level for ask in asks}
+    return next((level for level in ("evaluate", *reversed(LEVELS)) if level in asked), "rules")
 
 
 def _report(target: Target, predicted: Prediction, by: Sequence[str] = ()) -> EngineReport:
@@ -137,10 +140,15 @@ def _report(target: Target, predicted: Prediction, by: Sequence[str] = ()) -> En
     )
 
 
-def _observed(report: EngineReport, observed: EngineOutcome) -> EngineReport:
-    return report.model_copy(
-        update={"observed": observed, "agreement": agreement(report.predicted, observed)}
-    )
+def _answered(report: EngineReport, found: Answer) -> EngineReport:
+    parts = {
+        "dry": found.dry,
+        "observed": found.observed,
+        "served": found.served,
+        "evaluated": found.evaluated,
+    }
+    told = report.model_copy(update=parts)
+    return told.model_copy(update={"agreement": agreement(told)})
 
 
 def _subject(context: Context) -> Subject:
@@ -154,7 +162,16 @@ def _subject(context: Context) -> Subject:
     )
 
 
-def thresholds(context: Context) -> Thresholds:
-    """Return what a comparison may show at worst, by the coarsest codes in the checkpoint."""
-    has_four_bits = any(declared.element in ("E2M1", "INT4") for _, declared in context.encoded)
+def thresholds(context: Context, *, has_plain_kernels: bool = False) -> Thresholds:
+    """Return what a comparison may show at worst, by the coarsest codes in the checkpoint.
+
+    Plain kernels quantize the inputs of NVFP4 too, which Marlin's on Hopper do not.
+    """
+    formats = {declared.name: declared for _, declared in context.encoded}.values()
+    has_inputs = [
+        declared.element == "E2M1" and bool(declared.specs("input")) for declared in formats
+    ]
+    if has_plain_kernels and has_inputs and all(has_inputs):
+        return FOUR_BIT_INPUTS
+    has_four_bits = any(declared.element in ("E2M1", "INT4") for declared in formats)
     return FOUR_BITS if has_four_bits else Thresholds()

@@ -4,6 +4,7 @@ What no rule can see, right shapes with wrong numbers (a scale times eight, a tr
 another model's norms), shows here by name, on any machine and without an engine. Needs numpy.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from qvalidate.context import LM_HEAD, Context, Module
 from qvalidate.decode import read
 from qvalidate.group_errors import Deviation, deviation
 from qvalidate.layout import as_declared, sizes
+from qvalidate.measured import LayerError, finite
 from qvalidate.pairs import Pair
 from qvalidate.rules.registry import Severity, some
+from qvalidate.side_files import side_findings
 from qvalidate.smoothing import Smoothings, UnknownSmoothingError
 from qvalidate.sources import Origin, stacked_pairs
 
@@ -28,10 +31,16 @@ _SLICE_NBYTES = 4 << 20
 
 
 def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
+    """Yield the findings of `compared`."""
+    return (found for found in compared(context, reference) if isinstance(found, Finding))
+
+
+def compared(context: Context, reference: Path) -> Iterator[Finding | LayerError]:
     """Yield what differs between the tensors of `context` and those of `reference`.
 
-    Yields the problems of a `reference` that can't be opened. Quantized tensors whose dtype or
-    shape is not the declared one are left to the rules, as is a format that nobody declared.
+    With it the error of every weight that could be decoded. Yields the problems of a `reference`
+    that can't be opened. Quantized tensors whose dtype or shape is not the declared one are left
+    to the rules, as is a format that nobody declared.
     """
     if context.obeyed is None:
         return
@@ -41,6 +50,7 @@ def weight_findings(context: Context, reference: Path) -> Iterator[Finding]:
         yield from problem.findings
         return
     smoothings = Smoothings(context, source)
+    yield from side_findings(context.checkpoint, source.checkpoint)
     yield from _missing(context, source)
     yield from _kept(context, smoothings)
     for module, declared in context.encoded:
@@ -145,7 +155,7 @@ def _quantized(
     weight: Stored,
     outputs: Mapping[str, Stored],
     smoothings: Smoothings,
-) -> Iterator[Finding]:
+) -> Iterator[Finding | LayerError]:
     name, reference = module.weight_name, smoothings.source.path
     size = sizes(module, declared)
     shape = weight.shape[:-2] + weight.shape[:-3:-1] if module.is_stack else weight.shape
@@ -159,6 +169,7 @@ def _quantized(
     except UnknownSmoothingError as problem:
         yield _finding(module.file, name, "weight-not-compared", str(problem), "note")
         return
+    yield _layer_error(module, found)
     if num := sum(part.num_nonfinite for part in found):
         message = (
             f"{num} NaN or Inf in {reference}, left out of the comparison; "
@@ -182,6 +193,20 @@ def _deviations(
         return [deviation(pair) for pair in pairs]
     pair = Pair(weight, outputs, declared)
     return [deviation(Pair(weight, outputs, declared, smoothings.of(module, pair)))]
+
+
+def _layer_error(module: Module, found: list[Deviation]) -> LayerError:
+    """Return the error of a weight, of the worst expert of a stack; NaN is worse than any other."""
+    worst = max(found, key=_badness, default=Deviation())
+    return LayerError(
+        module=module.name,
+        relative_error=finite(worst.whole_error),
+        expected=finite(worst.whole_allowed),
+    )
+
+
+def _badness(part: Deviation) -> float:
+    return math.inf if math.isnan(part.whole_error) else part.whole_error
 
 
 def _far(found: list[Deviation], declared: Format, reference: Path) -> str:

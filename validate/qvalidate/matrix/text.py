@@ -68,8 +68,12 @@ def markdown(cells: Sequence[Cell]) -> str:
     for (engine, version, gpu), members in groups.items():
         parts.append(f"## {engine} {version}, {gpu}")
         parts.append(_table(members))
-        notes = [f"- {cell.format}, {cell.architecture}: {why(cell)}" for cell in members]
-        parts.append("\n".join(dict.fromkeys(notes)))
+        notes: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for cell in members:
+            notes[cell.format, why(cell)].append(cell.architecture)
+        parts.append(
+            "\n".join(f"- {name}, {', '.join(who)}: {told}" for (name, told), who in notes.items())
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qschema.formats import formats
+from qvalidate.asking import Ask
 from qvalidate.engines import EngineRequest, get
 from qvalidate.matrix import Cell, CellRun, State
 from qvalidate.result import EngineReport, Result
 from qvalidate.targets import KNOWN, Target
-from qvalidate.validation import Ask, validate
+from qvalidate.validation import validate
 
 MIXED = "MIXED_PRECISION"
 MIXED_RULES = [{"match": "*.self_attn.*", "algo": "FP8"}, {"match": "*", "algo": "NVFP4"}]
@@ -167,7 +168,10 @@ def _result(bench: Bench, case: Case) -> Result | None:
         timeout_s=bench.timeout_s,
     )
     result = validate(
-        out_dir, reference=source, targets=[target], asks=[Ask(get(bench.engine), request)]
+        out_dir,
+        reference=source,
+        targets=[target],
+        asks=[Ask(get(bench.engine), request=request, stands_in=bench.engine == "vllm")],
     )
     if bench.keep is not None:
         text = result.model_dump_json(indent=2, exclude_defaults=True)

@@ -7,6 +7,7 @@ from qschema.strict import Finding
 from qvalidate.context import Context
 from qvalidate.rules import (
     agreement,
+    codes,
     exclusions,
     files,
     kv,
@@ -14,9 +15,21 @@ from qvalidate.rules import (
     modules,
     orphans,
     parallel,
+    sglang_config,
+    sglang_effects,
+    sglang_layers,
+    sglang_parallel,
+    sglang_tensors,
     siblings,
     sizes,
     tensors,
+    trtllm_build,
+    trtllm_config,
+    trtllm_deployment,
+    trtllm_effects,
+    trtllm_experts,
+    trtllm_kv,
+    trtllm_tensors,
     values,
     vllm_exclusions,
     vllm_gpu,
@@ -38,6 +51,7 @@ _MODULES = (
     modules,
     orphans,
     values,
+    codes,
     siblings,
     kv,
     exclusions,
@@ -49,6 +63,18 @@ _MODULES = (
     vllm_mixed,
     vllm_scales,
     vllm_gpu,
+    trtllm_config,
+    trtllm_build,
+    trtllm_tensors,
+    trtllm_experts,
+    trtllm_deployment,
+    trtllm_kv,
+    trtllm_effects,
+    sglang_config,
+    sglang_layers,
+    sglang_tensors,
+    sglang_parallel,
+    sglang_effects,
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -71,16 +97,15 @@ def raw(context: Context, targets: Sequence[Target]) -> Iterator[Finding]:
 def softened(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Yield the findings as they are where nobody named an engine.
 
-    What an engine would refuse is a note then, and what it would get wrong in silence a warning:
-    the checkpoint may be meant for another engine, but its owner should know.
+    What only one engine minds is a note then: the checkpoint may be meant for another one. The
+    predictions say what each would do.
     """
     for finding in findings:
         declared = RULES.get(finding.rule)
-        if declared is None or declared.engine is None or finding.severity != "error":
+        if declared is None or declared.engine is None or finding.severity == "note":
             yield finding
         else:
-            severity: Severity = "warning" if "wrong" in declared.effects.values() else "note"
-            yield finding.model_copy(update={"severity": severity})
+            yield finding.model_copy(update={"severity": "note"})
 
 
 def run(context: Context, targets: Sequence[Target] = ()) -> Iterator[Finding]:

@@ -48,6 +48,11 @@ WEIGHTS: Mapping[str, str] = {
     "compared by what it tells (note)",
     "weight-not-compared": "a weight was smoothed by what the two checkpoints do not tell (note)",
     "tensor-dropped": "tensors of the source that qconvert_report.json lists as dropped (note)",
+    "config-differs": "a key of config.json has another value than in the source's, where no "
+    "conversion changes one (warning)",
+    "side-file-differs": "a tokenizer, chat template or generation config is not the source's "
+    "(warning)",
+    "side-file-missing": "a side file of the source that engines read is missing (warning)",
     "tensor-missing": "a tensor of the source is missing (lm_head.weight may be, where it is tied)",
 }
 
@@ -68,4 +73,11 @@ ENGINE: Mapping[str, str] = {
     "comparison says nothing about the checkpoint",
     "compare-size": "the two runs returned logprobs of different sizes",
     "compare-vocabulary": "the two checkpoints have vocabularies of different sizes",
+}
+
+SERVE: Mapping[str, str] = {
+    "serve-not-ready": "the engine's server did not get ready",
+    "serve-models": "the server does not list the model that it was started with",
+    "serve-completions": "a completion is empty, has wrong counts, or NaN or infinite logprobs",
+    "serve-chat": "a chat completion is empty, or the chat template fails",
 }
