@@ -346,3 +346,9 @@ def experts_of_32_columns_on_each_of_4_gpus(draft: Draft) -> None:
 )
 def rows_that_marlin_does_not_pad(draft: Draft) -> None:
     assert draft.config["model_type"] == "llama"
+
+
+@fault("sglang-scale-overflow", f"{Q}.weight_scale_2", algo="NVFP4")
+def global_scale_that_overflows_in_marlin(draft: Draft) -> None:
+    for name in QKV:
+        draft.put(f"{name}.weight_scale_2", ("F32", (), f32(512.0)))

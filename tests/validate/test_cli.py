@@ -181,7 +181,12 @@ def test_broken_hf_quant_config_is_a_finding(text: str, good: str) -> None:
         (["{good}", "--max-rel", "-1"], "-1.0 is not in the range x>0"),
         (["{good}", "--min-top1", "1.5"], "1.5 is not in the range 0<=x<=1"),
         (["{good}", "--min-top1", "nan"], "nan is not a finite number"),
-        (["{good}", "--output", "{tmp}/no/where"], "can't write"),
+        (["{good}", "--output", "{tmp}/no/where"], "there is no directory {tmp}/no"),
+        (["{good}", "--engine", ""], "no engine is named"),
+        (["{good}", "--engine", "vllm", "--python", "sglang=/x"], "sglang is not in --engine"),
+        (["{good}", "--tp", "1025"], "1025 is not in the range 1<=x<=1024"),
+        (["matrix", "--engine", "vllm", "--gpu", "h100"], "expected what it runs on: sm_90"),
+        (["matrix", "--engine", "vllm", "--gpu", "any"], "expected what it runs on: sm_90"),
         (["explain", "mising-tensor"], "did you mean missing-tensor?"),
         (["{good}", "--bogus"], "No such option"),
     ],
@@ -192,8 +197,37 @@ def test_misuse_exits_2_in_one_sentence(
     result = invoke(*(arg.format(good=good, tmp=tmp_path) for arg in args))
 
     assert result.exit_code == 2
-    assert words in result.stderr
+    assert words.format(tmp=tmp_path) in result.stderr
     assert "validation error" not in result.stderr
+
+
+def test_a_name_that_is_not_utf8_is_misuse(tmp_path: Path) -> None:
+    odd = tmp_path / "n\udcff"
+    odd.mkdir()
+    result = invoke(str(odd), "--format", "json")
+
+    assert result.exit_code == 2
+    assert "is not UTF-8; rename it" in result.stderr
+
+
+def test_interrupted_is_neither_clean_nor_findings(
+    good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_check, "validate", interrupt)
+    result = invoke(good)
+
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_hints_lead_somewhere(good: str) -> None:
+    (Path(good) / "hf_quant_config.json").write_text('{"quantization": 1}')
+    stderr = invoke(good, "--level", "rules").stderr
+    hints = re.findall(r"hint: qvalidate explain (\S+)", stderr)
+
+    assert all(invoke("explain", rule_id).exit_code == 0 for rule_id in hints)
 
 
 def test_rules_need_no_torch(good: str) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import MIXED, draft
+from checkpoints import MIXED, draft, f32
 
 from qvalidate.loader import load
 from qvalidate.rules import run
@@ -34,6 +34,22 @@ def test_blocks_are_those_of_each_gpus_part(tmp_path: Path) -> None:
         f"{layer}.mlp.gate_proj.weight",
         f"{layer}.self_attn.k_proj.weight",
     }
+
+
+def test_a_scale_that_marlin_cannot_hold_is_none_on_a_cpu_or_a_newer_gpu(tmp_path: Path) -> None:
+    made = draft("llama", "NVFP4")
+    for part in ("gate_proj", "up_proj"):
+        name = f"model.layers.0.mlp.{part}.weight_scale_2"
+        made.put(name, ("F32", (), f32(512.0)))
+    path = made.write(tmp_path / "made")
+
+    def rules(device: str | None) -> set[str]:
+        context = load(path, Deployment.on(device))
+        return {finding.rule for finding in run(context, parse_targets("vllm"))}
+
+    assert "vllm-scale-overflow" in rules(None)
+    assert "vllm-scale-overflow" in rules("sm_90")
+    assert rules("cpu") == rules("sm_100") == set()
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

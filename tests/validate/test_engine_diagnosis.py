@@ -87,6 +87,25 @@ def test_message_of_a_child_process_comes_from_the_log() -> None:
     assert found == Diagnosis("engine-refused", "KeyError: 'w2_weight_input_scale'")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("RuntimeError", "No CUDA GPUs are available"),
+        ("RuntimeError", "Failed to infer device type, please set VLLM_LOGGING_LEVEL=DEBUG"),
+        ("OSError", "[Errno 28] No space left on device"),
+        ("OSError", "[Errno 98] Address already in use"),
+        ("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"),
+        ("ModuleNotFoundError", "No module named 'flash_attn'"),
+        ("ImportError", "libcudart.so.12: cannot open shared object file: No such file"),
+    ],
+)
+def test_trouble_with_the_machine_is_no_refusal(kind: str, text: str) -> None:
+    found = failed(text, kind=kind)
+
+    assert found is not None
+    assert found.rule == "engine-crashed"
+
+
 def test_a_scheduler_that_died_without_a_word_is_a_crash() -> None:
     text = "Rank 0 scheduler died during initialization (exit code: -9). If exit code is -9 ..."
 

@@ -19,6 +19,8 @@ assert argv[:2] == ["-m", "lm_eval"], argv
 value = lambda name: argv[argv.index(name) + 1]
 checkpoint = Path(re.search("pretrained=([^,]+)", value("--model_args"))[1])
 said = json.loads((checkpoint / "scores.json").read_text())
+if "context" in said:
+    assert f"max_model_len={{said.pop('context')}}" in value("--model_args"), argv
 if "error" in said:
     sys.exit(said["error"])
 folder = Path(value("--output_path")) / "model"
@@ -37,7 +39,7 @@ def python(tmp_path: Path) -> str:
 
 def ask(tmp_path: Path, python: str, before: object, after: object, **more: object) -> EvalOutcome:
     for name, scores in (("reference", before), ("candidate", after)):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "scores.json").write_text(json.dumps(scores))
     return evaluate(
         EvalRequest.model_validate(
@@ -82,10 +84,73 @@ def test_the_preferred_metric_of_each_task_counts(tmp_path: Path, python: str) -
     ]
 
 
+def test_a_task_that_cannot_be_judged_is_no_pass(tmp_path: Path, python: str) -> None:
+    both = {"mmlu": score(0.8), "ifeval": {"alias": "x", "prompt_level_strict_acc,none": 0.1}}
+    outcome = ask(tmp_path, python, both, both)
+
+    assert (outcome.verdict, [found.task for found in outcome.scores]) == ("failed", ["mmlu"])
+    (finding,) = outcome.findings
+    assert finding.rule == "eval-failed"
+    assert finding.message.startswith("ifeval: no metric in both runs")
+
+
+def test_a_task_that_one_run_lacks_is_no_pass(tmp_path: Path, python: str) -> None:
+    before = {"mmlu": score(0.8), "gsm8k": score(0.5)}
+    outcome = ask(tmp_path, python, before, {"mmlu": score(0.8)})
+
+    assert [found.rule for found in outcome.findings] == ["eval-failed"]
+
+
+def test_a_score_that_is_no_number_is_no_pass(tmp_path: Path, python: str) -> None:
+    outcome = ask(tmp_path, python, {"mmlu": score(0.8)}, {"mmlu": score(float("nan"))})
+
+    assert [found.rule for found in outcome.findings] == ["eval-drop"]
+
+
+def test_nothing_of_a_harness_that_is_too_slow_is_left(tmp_path: Path) -> None:
+    """Its engine is a process of its own."""
+    child = tmp_path / "child"
+    file = tmp_path / "slow"
+    file.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {child}\nwait\n")
+    file.chmod(0o755)
+    outcome = ask(tmp_path, str(file), {}, {}, timeout_s=1.0)
+
+    assert outcome.message == "no result in 1 s"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
+
+
 def test_max_drop_is_the_users(tmp_path: Path, python: str) -> None:
     outcome = ask(tmp_path, python, {"mmlu": score(0.8)}, {"mmlu": score(0.7)}, max_drop=0.2)
 
     assert outcome.verdict == "passed"
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(512, 512), (131072, 4096), (None, 4096)])
+def test_a_model_gets_no_longer_prompts_than_it_was_made_for(
+    tmp_path: Path, python: str, positions: int | None, expected: int
+) -> None:
+    for name in ("reference", "candidate"):
+        (tmp_path / name).mkdir()
+        config = {} if positions is None else {"max_position_embeddings": positions}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    said = {"mmlu": score(0.8), "context": expected}
+    outcome = ask(tmp_path, python, said, said)
+
+    assert outcome.verdict == "passed", outcome.message
+
+
+def test_results_that_are_cut_off_are_no_exception(tmp_path: Path) -> None:
+    file = tmp_path / "cut"
+    file.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+        "folder = Path(sys.argv[sys.argv.index('--output_path') + 1])\n"
+        "(folder / 'results_1.json').write_text('{')\n"
+    )
+    file.chmod(0o755)
+    outcome = ask(tmp_path, str(file), {}, {})
+
+    assert outcome.message.startswith("reference: no results: ")
 
 
 def test_a_harness_that_stops_says_why(tmp_path: Path, python: str) -> None:

@@ -10,7 +10,9 @@ from checkpoints import MIXED, draft
 from fixing import PLANTED, planted, rules_of, weights, written
 
 from qschema.formats import formats
-from qvalidate.fix import FixReport, fix
+from qvalidate.fix import FixReport, apply, fix, plan_repairs
+from qvalidate.fix.run import findings
+from qvalidate.loader import load
 
 # faults whose rule has nothing to say after the repair: metadata that the stored tensors tell
 REPAIRED = {
@@ -72,10 +74,9 @@ _OF_THE_FORMAT = {"vllm-algo-unsupported", "vllm-experts-unsupported"}
 
 @dataclass(frozen=True)
 class Done:
-    """A planted checkpoint, what a dry run said of it, and what a run made of it."""
+    """A planted checkpoint, and what a run made of it."""
 
     path: Path
-    planned: FixReport
     output: Path
     report: FixReport
 
@@ -92,10 +93,7 @@ def repair(tmp_path_factory: pytest.TempPathFactory) -> Repair:
         if name not in done:
             folder = tmp_path_factory.mktemp("fix")
             path = written(planted(name), folder / "made")
-            planned = fix(path, folder / "out", dry_run=True)
-            assert [file.name for file in folder.iterdir()] == ["made"]
-            report = fix(path, folder / "out")
-            done[name] = Done(path, planned, folder / "out", report)
+            done[name] = Done(path, folder / "out", fix(path, folder / "out"))
         return done[name]
 
     return run
@@ -135,33 +133,41 @@ def test_bytes_of_the_weights_stay(name: str, repair: Repair) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REPAIRED | IN_PART.keys()))
-def test_repaired_checkpoint_needs_no_repair(name: str, repair: Repair, tmp_path: Path) -> None:
-    first = repair(name).output
-    again = fix(first, tmp_path / "again")
+def test_repaired_checkpoint_needs_no_repair(name: str, repair: Repair) -> None:
+    again = plan_repairs(load(repair(name).output))
 
-    assert again.repairs == []
-    for file in sorted(path.name for path in first.iterdir()):
-        assert (tmp_path / "again" / file).read_bytes() == (first / file).read_bytes()
+    assert again.repairs == ()
+    assert (again.documents, again.headers, again.left_out) == ({}, {}, ())
 
 
 @pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.name)
-def test_dry_run_says_what_the_run_finds(fault: Fault, repair: Repair) -> None:
+def test_plan_says_what_the_run_finds(fault: Fault, repair: Repair) -> None:
+    """The plan is all that a dry run has."""
     done = repair(fault.name)
+    planned = plan_repairs(load(done.path))
 
-    assert done.planned.repairs == done.report.repairs
-    assert [(found.rule, found.where) for found in done.planned.after] == [
+    assert list(planned.repairs) == done.report.repairs
+    assert [(found.rule, found.where) for found in findings(planned.repaired)] == [
         (found.rule, found.where) for found in done.report.after
     ]
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    path = written(planted("no_quant_method"), tmp_path / "made")
+    report = fix(path, tmp_path / "out", dry_run=True)
+
+    assert [repair.id for repair in report.repairs] == ["method-corrected"]
+    assert report.after == findings(plan_repairs(load(path)).repaired)
+    assert [file.name for file in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize("algo", [*formats(), MIXED])
 @pytest.mark.parametrize("model", ["llama", "mixtral", "qwen3"])
 def test_right_checkpoint_is_left_as_it_is(model: str, algo: str, tmp_path: Path) -> None:
-    made = draft(model, algo)
-    path = made.write(tmp_path / "made")
-    report = fix(path, tmp_path / "out")
+    path = draft(model, algo).write(tmp_path / "made")
+    planned = plan_repairs(load(path))
+    apply(planned, tmp_path / "out")
 
-    assert report.repairs == []
-    assert report.left == []
+    assert (planned.repairs, planned.left) == ((), ())
     for file in path.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()

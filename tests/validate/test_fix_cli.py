@@ -1,14 +1,17 @@
 """`qvalidate fix` as a command: what it prints and how it exits."""
 
+import errno
 import json
+import signal
 from pathlib import Path
 
+import pytest
 from catalogue import PB_WO, PC_PT
 from checkpoints import draft
 from click.testing import CliRunner
 from fixing import planted, rules_of, written
 
-from qvalidate.fix import FixReport
+from qvalidate.fix import FixReport, output
 from qvalidate.fix.cli import fix as command
 
 
@@ -54,6 +57,34 @@ def test_command_refuses_an_output_that_is_there(tmp_path: Path) -> None:
 
     assert result.exit_code == 2
     assert "exists; nothing is overwritten" in result.stderr
+
+
+def test_command_names_the_output_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output, "_copy", fail)
+    result = CliRunner().invoke(command, [str(path), str(tmp_path / "out")])
+
+    assert result.exit_code == 2
+    assert f"can't make {tmp_path / 'out'}: No space left on device" in result.stderr
+
+
+def test_command_that_is_terminated_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(output, "_copy", lambda *_: signal.raise_signal(signal.SIGTERM))
+    result = CliRunner().invoke(command, [str(path), str(tmp_path / "out")])
+
+    assert result.exit_code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["made"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_command_can_not_repair_what_is_not_there(tmp_path: Path) -> None:

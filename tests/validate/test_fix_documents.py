@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from catalogue import PB_WO, PC_PT
+from catalogue import PB_WO, PC_PT, Q
 from checkpoints import MIXED, draft, quantized
 from fixing import in_json, planted, repaired, rules_of
 
@@ -130,6 +130,19 @@ def test_documents_that_agree_stand_where_nothing_else_fits(tmp_path: Path) -> N
     assert rules_of(report) == {"wrong-dtype"}
 
 
+def test_weight_with_a_part_below_its_module_is_of_no_known_format(tmp_path: Path) -> None:
+    """SVDQuant's low-rank part is added to a weight that looks like NVFP4."""
+    made = draft("llama", "NVFP4")
+    for config in made.each_config():
+        config["quant_algo"] = "NVFP4_SVD"
+    part = ("BF16", (8, 256), bytes(2 * 8 * 256))
+    made.put(f"{Q}.weight_quantizer._svdquant_lora_a", part, beside=f"{Q}.weight")
+    report = repaired(made, tmp_path)
+
+    assert report.repairs == []
+    assert [left.rule for left in report.left] == ["unknown-algo"]
+
+
 def test_entry_in_the_engines_spelling_of_blocks_stays(tmp_path: Path) -> None:
     """SGLang and vLLM read FP8_BLOCK_SCALES in quantized_layers, with a 2-D weight_scale_inv."""
     made = draft("llama", {"*o_proj": PB_WO, "*": "FP8"})
@@ -199,6 +212,20 @@ def test_cache_follows_the_stored_scales(tmp_path: Path) -> None:
     assert isinstance(found, dict)
     assert found["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
     assert rules_of(report) == set()
+
+
+def test_cache_that_only_a_document_of_the_wrong_form_names_stays(tmp_path: Path) -> None:
+    made = draft("llama", "FP8")
+    made.config["quantization_config"] = {
+        "producer": made.hf_quant_config["producer"],
+        "quantization": {**made.nested, "kv_cache_quant_algo": "FP8"},
+    }
+    report = repaired(made, tmp_path)
+
+    found = in_json(tmp_path / "out", "config.json")["quantization_config"]
+    assert isinstance(found, dict)
+    assert found["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    assert "config-kv-disagrees" in rules_of(report)
 
 
 def test_lost_calibration_is_no_other_format(tmp_path: Path) -> None:

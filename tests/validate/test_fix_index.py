@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from catalogue import PB_WO, Q
-from checkpoints import draft
+from checkpoints import bytes_of, draft, f32, write_safetensors
 from fixing import in_json, rules_of
 
 from qschema.safetensors import read_header
@@ -98,15 +98,56 @@ def test_stale_index_beside_a_single_file_goes(tmp_path: Path) -> None:
     assert rules_of(report) == set()
 
 
-def test_entry_of_a_tensor_that_is_nowhere_goes_and_is_named(tmp_path: Path) -> None:
+def test_second_index_goes_and_is_named(tmp_path: Path) -> None:
     path = draft("llama", PB_WO).write(tmp_path / "made")
-    edit_map(path, lambda found: found.update({"lost.weight": max(found.values())}))
+    shutil.copy(path / "model.safetensors.index.json", path / "a.safetensors.index.json")
     report = fix(path, tmp_path / "out")
 
-    assert [(left.rule, left.where) for left in report.left] == [
-        ("index-missing-tensor", "lost.weight")
+    assert [(repair.id, repair.file) for repair in report.repairs] == [
+        ("index-rebuilt", "model.safetensors.index.json"),
+        ("stray-left-out", "a.safetensors.index.json"),
     ]
-    assert report.exit_code == 1
+
+
+def old_shard(path: Path) -> Path:
+    """Put all tensors of the last shard into the one before, and return the last."""
+    *_, before, last = sorted(path.glob("*.safetensors"))
+    tensors = {
+        name: (stored.dtype, stored.shape, bytes_of(stored))
+        for file in (before, last)
+        for name, stored in read_header(file).tensors.items()
+    }
+    write_safetensors(before, tensors)
+    edit_map(path, lambda found: found.update(dict.fromkeys(tensors, before.name)))
+    return last
+
+
+def test_numbered_shard_whose_tensors_are_all_in_others_is_a_stray_one(tmp_path: Path) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+    last = old_shard(path)
+    report = fix(path, tmp_path / "out")
+
+    assert [(repair.id, repair.file) for repair in report.repairs] == [
+        ("stray-left-out", last.name)
+    ]
+
+
+def test_numbered_shard_with_old_and_new_tensors_is_refused(tmp_path: Path) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+    last = old_shard(path)
+    old = next(iter(read_header(last).tensors.values()))
+    number = ("F32", (), f32(1.0))
+    write_safetensors(last, {old.name: (old.dtype, old.shape, bytes_of(old)), "new": number})
+    with pytest.raises(DocumentError, match="tensor-duplicate"):
+        fix(path, tmp_path / "out")
+
+
+def test_damaged_shard_is_named_where_the_index_is_missing(tmp_path: Path) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+    no_index(path)
+    damaged_shard(path)
+    with pytest.raises(DocumentError, match="model-00003-of-00003"):
+        fix(path, tmp_path / "out")
 
 
 def lost_shard(path: Path) -> None:
@@ -121,13 +162,28 @@ def two_sets_of_weights(path: Path) -> None:
     shutil.copy(max(path.glob("*.safetensors")), path / "model.safetensors")
 
 
+def single_file_with_other_tensors(path: Path) -> None:
+    write_safetensors(path / "model.safetensors", {"other.weight": ("F32", (), f32(1.0))})
+
+
+def lost_tensor(path: Path) -> None:
+    edit_map(path, lambda found: found.update({"lost.bias": max(found.values())}))
+
+
 def no_config(path: Path) -> None:
     (path / "config.json").unlink()
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [lost_shard, damaged_shard, two_sets_of_weights, no_config],
+    [
+        lost_shard,
+        damaged_shard,
+        two_sets_of_weights,
+        single_file_with_other_tensors,
+        lost_tensor,
+        no_config,
+    ],
     ids=lambda found: found.__name__,
 )
 def test_what_is_lost_is_not_repaired(spoil: Callable[[Path], None], tmp_path: Path) -> None:

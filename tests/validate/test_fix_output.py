@@ -91,6 +91,16 @@ def test_hidden_files_are_left_out_and_named(tmp_path: Path) -> None:
     assert report.notes == [".gitattributes: is hidden or a link to a folder, and was left out"]
 
 
+def test_link_to_a_folder_is_named_beside_an_index_that_is_made_again(tmp_path: Path) -> None:
+    path = draft("llama", PB_WO).write(tmp_path / "made")
+    (path / "model.safetensors.index.json").unlink()
+    (tmp_path / "code").mkdir()
+    (path / "code").symlink_to(tmp_path / "code")
+    report = fix(path, tmp_path / "out")
+
+    assert report.notes == ["code/: is hidden or a link to a folder, and was left out"]
+
+
 def test_nothing_half_made_is_left_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,36 @@ def test_support_prints_what_is_asked_for() -> None:
     assert result.stdout
 
 
+def test_support_takes_formats_in_any_case() -> None:
+    found = [
+        CliRunner().invoke(cli.main, ["support", "--format", name]).stdout
+        for name in ("nvfp4", "NVFP4")
+    ]
+
+    assert found[0] == found[1] != ""
+
+
+def test_support_says_that_nothing_is_known() -> None:
+    result = CliRunner().invoke(cli.main, ["support", "--format", "FP9"])
+
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("nothing is known of that; there is FP8, ")
+
+
+def test_matrix_that_converts_nothing_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvalidate.matrix.cli.installed_version", lambda *args: "0.33.0")
+    monkeypatch.setattr("qvalidate.matrix.cli.run", lambda *args, **options: [])
+    data = tmp_path / "support.json"
+    data.write_bytes(DATA.read_bytes())
+    args = ["matrix", "--engine", "vllm", "--gpu", "cpu", "--data", str(data)]
+    result = CliRunner().invoke(cli.main, args)
+
+    assert result.exit_code == 2
+    assert "nothing was run" in result.stderr
+
+
 def test_support_says_which_file_is_broken(tmp_path: Path) -> None:
     file = tmp_path / "support.json"
     file.write_text("{")

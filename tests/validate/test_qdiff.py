@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from catalogue import PB_WO
 from checkpoints import FIXTURES, MIXED, Draft, draft
-from qdiff_edits import DOWN, Edit, after
+from qdiff_edits import DOWN, Edit, after, between
 
 from qschema.strict import Json
 from qvalidate.diff.comparison import compare
@@ -159,6 +159,23 @@ def test_module_that_is_excluded_no_more_is_named(tmp_path: Path) -> None:
     assert (change.a, change.b, change.modules) == ("excluded", "FP8_PB_WO", ["lm_head"])
 
 
+def test_head_without_a_weight_counts_among_the_excluded(tmp_path: Path) -> None:
+    def forget(made: Draft) -> None:
+        made.set_exclude([name for name in made.exclude if name != "lm_head"])
+
+    (change,) = after(tmp_path, forget, model="qwen3").quantization.assignments
+
+    assert (change.a, change.b, change.modules) == ("excluded", "FP8_PB_WO", ["lm_head"])
+
+
+def test_list_of_layers_in_one_file_only_is_a_difference(tmp_path: Path) -> None:
+    """vLLM takes it from hf_quant_config.json then, and other engines have none."""
+    result = after(tmp_path, lambda made: made.quantization.pop("quantized_layers"), algo=MIXED)
+    (change,) = result.quantization.fields
+
+    assert (change.where, change.b) == ("$.quantization_config.quantized_layers", None)
+
+
 def test_module_of_a_mixed_checkpoint_has_its_own_change(tmp_path: Path) -> None:
     def swap(made: Draft) -> None:
         for config in made.each_config():
@@ -193,6 +210,21 @@ def test_quantized_cache_is_said_in_words(tmp_path: Path) -> None:
         "k_scale",
         "v_scale",
     }
+
+
+def in_words(made: Draft) -> None:
+    made.quantization["kv_cache_scheme"] = "FP8"
+
+
+@pytest.mark.parametrize(("num_bits", "areas"), [(8, ()), (4, ("quantization",))])
+def test_scheme_of_the_cache_is_that_of_its_name(
+    tmp_path: Path, num_bits: int, areas: tuple[str, ...]
+) -> None:
+    def in_numbers(made: Draft) -> None:
+        scheme = {"dynamic": False, "num_bits": num_bits, "type": "float"}
+        made.quantization["kv_cache_scheme"] = scheme
+
+    assert between(tmp_path, in_words, in_numbers).areas == areas
 
 
 def test_cache_that_is_quantized_with_the_model_is_said_too(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import math
 import shutil
 import tracemalloc
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +27,26 @@ LLAMA = FIXTURES / "llama"
 MOST = {"E4M3": 0.03, "E2M1": 0.13, "INT8": 0.01, "INT4": 0.15}
 
 
+# model, format -> a checkpoint that is only read
+Made = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Return a function that converts a fixture into a format, once."""
+    return cache(
+        lambda model, algo: converted(model, algo, tmp_path_factory.mktemp("made") / "out")
+    )
+
+
 def apart(a: Path, b: Path) -> WeightDiff:
     return weights_of(compare(a, b))
 
 
 @pytest.mark.parametrize("algo", list(formats()))
 @pytest.mark.parametrize("model", ["llama", "mixtral"])
-def test_converted_weights_are_within_their_format(tmp_path: Path, model: str, algo: str) -> None:
-    path = converted(model, algo, tmp_path / "out")
+def test_converted_weights_are_within_their_format(made: Made, model: str, algo: str) -> None:
+    path = made(model, algo)
     result = compare(FIXTURES / model, path)
     found = result.weights
     assert found is not None
@@ -43,17 +57,16 @@ def test_converted_weights_are_within_their_format(tmp_path: Path, model: str, a
     assert all(error is not None and 0 < error < MOST[find(algo).element] for error in errors)
 
 
-def test_quantized_against_its_source_goes_both_ways(tmp_path: Path) -> None:
-    path = converted("llama", "NVFP4", tmp_path / "out")
+def test_quantized_against_its_source_goes_both_ways(made: Made) -> None:
+    path = made("llama", "NVFP4")
     forth, back = apart(LLAMA, path), apart(path, LLAMA)
 
     assert {error.name for error in forth.differing} == {error.name for error in back.differing}
     assert forth.num_equal == back.num_equal == 7
 
 
-def test_two_formats_of_one_source_are_as_far_as_both_from_it(tmp_path: Path) -> None:
-    one = converted("llama", PB_WO, tmp_path / "a")
-    other = converted("llama", "NVFP4", tmp_path / "b")
+def test_two_formats_of_one_source_are_as_far_as_both_from_it(made: Made) -> None:
+    one, other = made("llama", PB_WO), made("llama", "NVFP4")
     totals = [found.total for found in (apart(one, other), apart(LLAMA, one), apart(LLAMA, other))]
     distances = [total.relative_error or 0.0 for total in totals if total is not None]
 
@@ -61,8 +74,8 @@ def test_two_formats_of_one_source_are_as_far_as_both_from_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("algo", ["NVFP4", "FP8", "W4A16_AWQ", "MXFP8"])
-def test_error_is_that_of_the_kernels(tmp_path: Path, algo: str) -> None:
-    path = converted("llama", algo, tmp_path / "out")
+def test_error_is_that_of_the_kernels(made: Made, algo: str) -> None:
+    path = made("llama", algo)
     codec, source = (
         kernels_for(find(algo).codec),
         weight(open_checkpoint(LLAMA).tensors[f"{DOWN}.weight"]),
@@ -197,8 +210,8 @@ def test_other_numbers_beside_weights_are_told_apart(tmp_path: Path) -> None:
     assert (found.total, found.kinds) == (None, [])
 
 
-def test_sums_are_over_all_elements(tmp_path: Path) -> None:
-    found = apart(LLAMA, converted("llama", "NVFP4", tmp_path / "out"))
+def test_sums_are_over_all_elements(made: Made) -> None:
+    found = apart(LLAMA, made("llama", "NVFP4"))
     source = open_checkpoint(LLAMA).tensors
     norms = {
         error.name: float(weight(source[f"{error.name}.weight"]).double().norm())
@@ -220,17 +233,17 @@ def test_sums_are_over_all_elements(tmp_path: Path) -> None:
     assert found.total.max_abs == max(error.max_abs for error in found.differing)
 
 
-def test_a_mixed_checkpoint_has_each_module_in_its_format(tmp_path: Path) -> None:
-    found = apart(LLAMA, converted("llama", MIXED, tmp_path / "out"))
+def test_a_mixed_checkpoint_has_each_module_in_its_format(made: Made) -> None:
+    found = apart(LLAMA, made("llama", MIXED))
     labels = {error.name.split(".")[3]: error.b for error in found.differing}
 
     assert labels == {"self_attn": "FP8", "mlp": "NVFP4"}
 
 
 @pytest.mark.parametrize("algo", [PB_WO, "NVFP4", "W4A16_AWQ"])
-def test_slices_change_nothing(tmp_path: Path, algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = converted("llama_odd" if algo == PB_WO else "llama", algo, tmp_path / "out")
-    source = FIXTURES / ("llama_odd" if algo == PB_WO else "llama")
+def test_slices_change_nothing(made: Made, algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = "llama_odd" if algo == PB_WO else "llama"
+    source, path = FIXTURES / model, made(model, algo)
     whole = by_name(apart(source, path))
     monkeypatch.setattr(matrices, "_SLICE_ELEMENTS", 1)
     monkeypatch.setattr(matrices, "_CHUNK_ELEMENTS", 1000)
@@ -243,9 +256,9 @@ def test_slices_change_nothing(tmp_path: Path, algo: str, monkeypatch: pytest.Mo
 
 
 def test_torch_decodes_what_native_kernels_decode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = converted("llama", "NVFP4", tmp_path / "out")
+    path = made("llama", "NVFP4")
     native = apart(LLAMA, path)
     monkeypatch.setenv("QKERNELS_NATIVE", "0")
 

@@ -1,6 +1,7 @@
 """JUnit XML, SARIF and the schema of the JSON: what a pipeline reads of a result."""
 
 import json
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin
 from xml.etree import ElementTree
@@ -238,6 +239,22 @@ def test_sarif_files_are_relative_to_the_checkpoint(
     assert unquote(whole).removeprefix("file://").rstrip("/.") == f"{PATH}/{file}".rstrip("/.")
 
 
+def test_sarif_files_of_a_repository_are_relative_to_its_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GitHub takes relative names for those of the repository."""
+    monkeypatch.chdir(tmp_path)
+    given = result(MISSING.model_copy(update={"file": "models/a/config.json"}))
+    given = given.model_copy(
+        update={"checkpoint": given.checkpoint.model_copy(update={"path": "models/a"})}
+    )
+    found = json.loads(sarif.render(given))["runs"][0]
+    place = found["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]
+
+    assert place == {"uri": "models/a/config.json", "uriBaseId": "SRCROOT"}
+    assert found["originalUriBaseIds"]["SRCROOT"]["uri"] == f"{tmp_path.as_uri()}/"
+
+
 def test_sarif_file_outside_of_the_checkpoint_is_absolute() -> None:
     other = finding("compare-reference", "", "failed").model_copy(update={"file": "/source/x.json"})
     place = run_of(result(other))["results"][0]["locations"][0]["physicalLocation"]
@@ -307,3 +324,9 @@ def test_schema_accepts_results_and_no_others() -> None:
     assert list(validator.iter_errors(document)) == []
     assert not validator.is_valid({**document, "extra": 1})
     assert not validator.is_valid({**document, "level": "dance"})
+
+
+def test_sarif_has_the_exit_code_of_a_strict_run() -> None:
+    found = json.loads(sarif.render(result(WARNING), strict=True))["runs"][0]["invocations"]
+
+    assert found[0]["exitCode"] == 1

@@ -17,9 +17,9 @@ from checkpoints import MIXED, draft, f32
 from qschema.formats import formats
 from qschema.strict import Finding
 from qvalidate.loader import load
-from qvalidate.rules import RULES, run
+from qvalidate.rules import RULES, raw, run
 from qvalidate.rules.vllm_support import SUPPORT
-from qvalidate.targets import ONE_GPU, Deployment, parse_targets
+from qvalidate.targets import ONE_GPU, Deployment, every_target, parse_targets
 from qvalidate.validation import predict
 
 FORMATS = [*formats(), MIXED]
@@ -96,6 +96,35 @@ def test_right_stack_has_no_findings_but_an_engines(algo: str, tmp_path: Path) -
 def test_right_scales_of_the_cache_have_no_findings(cache: str, tmp_path: Path) -> None:
     made = draft("llama", "NVFP4")
     made.quantize_cache(cache)
+
+    assert check(made.write(tmp_path / "made"), "vllm", Deployment(gpu=100)) == []
+
+
+@pytest.mark.parametrize(
+    ("cache", "gpu", "predicted"),
+    [
+        ("NVFP4", None, "unknown"),
+        ("NVFP4", 120, "unknown"),
+        ("NVFP4", 103, "loads"),
+        ("FP8", None, "loads"),
+        ("NVFP4_AFFINE", None, "loads"),
+    ],
+)
+def test_cache_in_nvfp4_hangs_on_vllms_attention(
+    cache: str, gpu: int | None, predicted: str, tmp_path: Path
+) -> None:
+    made = draft("llama", "NVFP4")
+    made.quantize_cache(cache)
+    found = check(made.write(tmp_path / "made"), "vllm", Deployment(gpu=gpu))
+
+    assert predict(found, VLLM)[0] == predicted
+
+
+@pytest.mark.parametrize("algo", ["FP8", "NVFP4", "W4A16_NVFP4"])
+def test_right_stack_of_llama_4_with_vision_suits_vllm(algo: str, tmp_path: Path) -> None:
+    made = draft("mixtral", algo)
+    made.stack_experts(formats()[algo])
+    made.config["model_type"] = "llama4"
 
     assert check(made.write(tmp_path / "made"), "vllm") == []
 
@@ -283,3 +312,13 @@ def test_every_rule_has_a_fault() -> None:
     expected = {name for name, found in RULES.items() if found.engine in (None, "vllm")}
 
     assert {fault.rule for fault in FAULTS} == expected
+
+
+def test_nan_among_the_codes_loads_right_in_no_engine(tmp_path: Path) -> None:
+    made = draft("llama", "FP8")
+    dtype, shape, data = made.tensor(f"{Q}.weight")
+    made.put(f"{Q}.weight", (dtype, shape, b"\x7f" + data[1:]))
+    findings = list(raw(load(made.write(tmp_path / "made")), every_target()))
+
+    for target in every_target():
+        assert predict(findings, target) == ("loads-but-wrong", ["codes-nan"]), target

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from catalogue import Fault
-from checkpoints import MIXED, Draft, draft
+from checkpoints import MIXED, Draft, draft, f32
 from sglang_faults import FAULTS, only_nested
 
 from qschema.formats import formats
@@ -232,3 +232,25 @@ def test_causes_are_told_once(tmp_path: Path) -> None:
         "does not name it (model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, "
         "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj)"
     ]
+
+
+def test_a_large_global_scale_is_no_matter_where_marlin_does_not_run(tmp_path: Path) -> None:
+    made = draft("llama", "NVFP4")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        scale = ("F32", (), f32(512.0))
+        made.put(f"model.layers.0.self_attn.{name}.weight_scale_2", scale)
+
+    assert predicted(made, tmp_path, NEW, Deployment(gpu=100)) == ("loads", [])
+
+
+def test_a_plain_stack_of_experts_that_is_not_excluded_is_found(tmp_path: Path) -> None:
+    """It has a name, but is no module with a weight."""
+    made = draft("mixtral", "FP8")
+    name = "model.layers.0.block_sparse_moe.experts.down_proj"
+    made.pop_module(name.rpartition(".")[0])
+    beside = "model.layers.0.self_attn.q_proj.weight"
+    made.put(name, ("BF16", (4, 256, 256), bytes(2 * 4 * 256 * 256)), beside=beside)
+    made.config["model_type"] = "gpt_oss"
+    findings = found(made, tmp_path, NEW)
+
+    assert ("sglang-plain-cast", name) in [(item.rule, item.where) for item in findings]

@@ -10,7 +10,15 @@ from qvalidate.choice import ChoiceError, Wishes, choose
 from qvalidate.loader import load
 from qvalidate.result import RunLevel
 from qvalidate.rules import RULES
-from qvalidate.targets import KNOWN, Target, TargetError, every_target, parse_gpu, parse_targets
+from qvalidate.targets import (
+    KNOWN,
+    Deployment,
+    Target,
+    TargetError,
+    every_target,
+    parse_gpu,
+    parse_targets,
+)
 from qvalidate.validation import predict, validate
 
 
@@ -38,6 +46,8 @@ def test_engines_and_versions(text: str, expected: dict[str, tuple[str, ...] | N
         ("vllm=0.33", "names no versions; expected e.g. vllm==0.33.0"),
         ("vllm,vllm==0.33", "vllm is named twice"),
         (",", "no engine is named"),
+        ("", "no engine is named"),
+        ("VLM==1", "unknown engine 'vlm'"),
     ],
 )
 def test_what_names_no_engine(text: str, words: str) -> None:
@@ -45,6 +55,41 @@ def test_what_names_no_engine(text: str, words: str) -> None:
         parse_targets(text)
 
     assert words in str(caught.value)
+
+
+def test_engines_are_found_in_their_own_spelling() -> None:
+    (found,) = parse_targets("vLLM>=0.33")
+
+    assert (found.engine, found.text) == ("vllm", "vllm>=0.33")
+
+
+@pytest.mark.parametrize(
+    ("text", "ran", "is_wanted"),
+    [
+        ("vllm", "0.99.0", True),
+        ("vllm==0.33.0", "0.33.0+cpu", True),
+        ("vllm==0.33.0", "0.32.0", False),
+        ("vllm>=0.33", "0.34.0.dev7", True),
+        ("vllm>=0.33", "from-source", True),
+    ],
+)
+def test_versions_that_are_meant(text: str, ran: str, is_wanted: bool) -> None:
+    (found,) = parse_targets(text)
+
+    assert found.wants(ran) is is_wanted
+
+
+def test_one_known_version_of_several() -> None:
+    (found,) = parse_targets("vllm")
+
+    assert found.only("0.32.0+cpu") == Target("vllm", ("0.32.0",), "vllm")
+    assert found.only("0.34.0") is None
+
+
+def test_a_cpu_has_no_kind_of_gpu() -> None:
+    assert Deployment.on("cpu", tp=2) == Deployment(tp=2, on_cpu=True)
+    assert Deployment.on("sm_90") == Deployment(gpu=90)
+    assert Deployment.on(None) == Deployment()
 
 
 def test_gpus() -> None:

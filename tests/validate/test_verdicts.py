@@ -17,7 +17,9 @@ from qvalidate.engines import FOUR_BITS, EngineOutcome, EngineRequest, Threshold
 from qvalidate.engines.outcome import Level, Verdict
 from qvalidate.result import Agreement, EngineReport, Prediction, Subject
 from qvalidate.result import Result as ValidationResult
-from qvalidate.validation import agreement
+from qvalidate.rules import RULES
+from qvalidate.targets import Target
+from qvalidate.validation import agreement, other_version
 
 COLLECT = runpy.run_path(str(Path(__file__).parents[2] / "validate/evidence/collect.py"))
 WHERE = "model.layers.0.mlp.down_proj.weight_scale"
@@ -163,6 +165,52 @@ def test_generating_does_not_refute_that_it_is_wrong(
     assert "says nothing about the prediction" in invoke(bad, "--engine", "vllm").stdout
     compared = invoke(bad, "--engine", "vllm", "--reference", bad)
     assert "the run contradicts the prediction" in compared.stdout
+
+
+def test_a_run_of_another_version_shows_nothing_and_fails(
+    good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "passed")
+    result = invoke(good, "--engine", "vllm==0.32.0")
+
+    assert result.exit_code == 1
+    message = "engine-version: vllm 0.33.0 ran, vllm==0.32.0 was asked for and not shown"
+    assert message in result.stdout
+    assert result.stdout.splitlines()[-1] == (
+        "vllm: the run says nothing about the prediction, which is not about 0.33.0"
+    )
+
+
+def test_a_run_says_nothing_of_what_only_another_version_refuses() -> None:
+    both = Target("vllm", ("0.32.0", "0.33.0"), "vllm")
+    only_old = next(rule.id for rule in RULES.values() if rule.versions == ">=0.32,<0.33")
+    found = Finding(file="x", where="", rule=only_old, message="no")
+
+    assert other_version([found], both, "0.33.0+cu129") == "0.33.0+cu129"
+    assert other_version([found], both, "0.32.0") is None
+    assert other_version([], both, "0.33.0") is None
+    assert other_version([found], both, "0.99.0") is None
+
+
+@pytest.mark.parametrize(
+    ("reached", "shown"), [("generate", "loads-but-wrong"), ("compare", "loads")]
+)
+def test_generating_does_not_undo_what_a_loader_left_out(reached: Level, shown: Prediction) -> None:
+    finding = Finding(file="x", where="", rule="dry-missing", message="no")
+    dry = DryOutcome(verdict="failed", tp=1, findings=[finding])
+    run = EngineOutcome(engine="vllm", level="compare", verdict="passed", reached=reached)
+
+    assert report_of("loads", run).model_copy(update={"dry": dry}).shown == shown
+
+
+def test_nothing_is_asked_of_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stand_in(monkeypatch, "passed")
+    result = invoke(str(tmp_path), "--engine", "vllm", "--format", "json")
+    document = ValidationResult.model_validate_json(result.stdout)
+
+    assert (document.level, engine.requests) == ("rules", [])
 
 
 def test_no_kernel_is_never_a_pass(good: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from checkpoints import MIXED, Draft, f32
 from mixed_faults import FLAT, LAYERS, entries
 
 from qschema.formats import find
+from qvalidate.targets import Deployment
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
 
@@ -142,6 +143,43 @@ def mxfp8_of_a_float16_model(draft: Draft) -> None:
 )
 def stacked_experts_of_mixtral(draft: Draft) -> None:
     draft.stack_experts(find("NVFP4"))
+
+
+@fault(
+    "vllm-stacked-experts",
+    "model.layers.0.block_sparse_moe.experts.gate_up_proj",
+    model="mixtral",
+    algo="FP8",
+    engine=True,
+)
+def stacked_experts_of_a_llama_4_without_vision(draft: Draft) -> None:
+    """The stack is right, and the loader takes its scales for weights."""
+    draft.stack_experts(find("FP8"))
+    draft.config["model_type"] = "llama4_text"
+
+
+@fault(
+    "vllm-stacked-experts",
+    "model.layers.0.block_sparse_moe.experts.gate_up_proj",
+    model="mixtral",
+    algo="NVFP4",
+    engine=True,
+)
+def stacked_experts_of_gpt_oss(draft: Draft) -> None:
+    """The stack is right, and the loader finds no place for its biases."""
+    draft.stack_experts(find("NVFP4"))
+    draft.config["model_type"] = "gpt_oss"
+
+
+@fault(
+    "vllm-kv-backend",
+    "$.quantization_config.kv_cache_scheme",
+    algo="NVFP4",
+    engine=True,
+    deployment=Deployment(gpu=90),
+)
+def cache_in_nvfp4_on_hopper(draft: Draft) -> None:
+    draft.quantize_cache("NVFP4")
 
 
 @fault("vllm-embedding", "model.embed_tokens.weight", algo="W4A16_NVFP4", engine=True)

@@ -44,6 +44,12 @@ class Answer:
     served: ServeOutcome | None = None
     evaluated: EvalOutcome | None = None
 
+    @property
+    def version(self) -> str | None:
+        """The engine's version, None where it did not get as far as telling."""
+        parts = (self.observed, self.dry, self.served)
+        return next((part.version for part in parts if part and part.version), None)
+
     def findings(self) -> Iterator[Finding]:
         """Yield the findings of all that was asked."""
         for part in (self.dry, self.observed, self.served, self.evaluated):

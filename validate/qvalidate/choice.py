@@ -15,7 +15,7 @@ from qvalidate.engines import Engine, EngineRequest, Level, get
 from qvalidate.engines.serve import ServeRequest
 from qvalidate.evaluate import EvalRequest
 from qvalidate.result import RunLevel
-from qvalidate.targets import Target
+from qvalidate.targets import KNOWN, Target
 
 # auto: the engine's own, and plain ones where this machine lacks them
 Kernels: TypeAlias = Literal["auto", "native", "reference"]
@@ -150,6 +150,8 @@ def _interpreters(pythons: Sequence[str], engines: Sequence[str]) -> dict[str, s
     found: dict[str, str] = {}
     for given in pythons:
         engine, separator, path = given.partition("=")
+        if separator and engine in KNOWN and engine not in engines:
+            raise ChoiceError(f"--python {given}: {engine} is not in --engine")
         if not separator or engine not in engines:
             if len(engines) != 1:
                 raise ChoiceError(

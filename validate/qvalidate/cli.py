@@ -18,6 +18,14 @@ class _CheckByDefault(click.Group):
             args = ["check", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            # 1 would say that something was found
+            ctx.exit(130)
+
 
 @click.group(
     cls=_CheckByDefault,

@@ -1,6 +1,7 @@
 """`qvalidate check`: its options, and what is made of them. Nothing is decided here."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, get_args
@@ -14,11 +15,33 @@ from qvalidate.matrix import read as read_matrix
 from qvalidate.reports import html, junit, sarif
 from qvalidate.reports.support import rows
 from qvalidate.result import Result, RunLevel
-from qvalidate.targets import Deployment, TargetError, parse_gpu, parse_targets
+from qvalidate.targets import MOST_GPUS, Deployment, TargetError, parse_targets
 from qvalidate.validation import LEVELS, validate
 
 _Style: TypeAlias = Literal["text", "json", "junit", "sarif", "html"]
-_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class _Directory(click.Path):
+    """A directory whose name every report can hold."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Path:
+        found = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            str(found).encode()
+        except UnicodeEncodeError:
+            self.fail(f"the name {str(found)!a} is not UTF-8; rename it.", param, ctx)
+        return found
+
+
+_DIRECTORY = _Directory()
 
 
 class _Finite(click.FloatRange):
@@ -36,6 +59,7 @@ class _Finite(click.FloatRange):
 _POSITIVE = _Finite(min=0, min_open=True)
 _SHARE = _Finite(min=0, max=1)
 _COUNT = click.IntRange(min=1)
+_GPUS = click.IntRange(min=1, max=MOST_GPUS)
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -61,10 +85,10 @@ def _limit(name: str, field: str, *, text: str, values: _Finite) -> Callable[[_C
     help="The engines it is meant for, like 'vllm>=0.33,sglang==0.5.17'. Their rules apply in "
     "full, and those that are installed here are asked.",
 )
-@click.option("--tp", type=_COUNT, default=1, show_default=True, help="GPUs that share each layer.")
-@click.option("--ep", type=_COUNT, default=1, show_default=True, help="GPUs that share experts.")
-@click.option("--pp", type=_COUNT, default=1, show_default=True, help="GPUs that share layers.")
-@click.option("--gpu", metavar="SM", help="The kind of GPU: sm_80, sm_89, sm_90, sm_100, sm_120.")
+@click.option("--tp", type=_GPUS, default=1, show_default=True, help="GPUs that share each layer.")
+@click.option("--ep", type=_GPUS, default=1, show_default=True, help="GPUs that share experts.")
+@click.option("--pp", type=_GPUS, default=1, show_default=True, help="GPUs that share layers.")
+@click.option("--gpu", metavar="SM", help="What it runs on: sm_80, sm_89, sm_90, ... or cpu.")
 @click.option(
     "--reference",
     metavar="DIR",
@@ -152,16 +176,16 @@ def check(
 ) -> None:
     """Check the checkpoint CKPT by the rules, and with --engine in the real engines.
 
-    Exit status: 0 clean, 1 findings, 2 misuse (also an engine that --level needs and that is not
-    installed).
+    Exit status: 0 clean, 1 findings, or nothing shown of what was asked for, 2 misuse (also an
+    engine that --level needs and that is not installed), 130 interrupted.
 
     \b
     $ qvalidate my-model-fp8
     my-model-fp8/model.safetensors::model.layers.0.mlp.down_proj.weight_scale: missing-tensor: ...
     """
     try:
-        targets = parse_targets(engines) if engines else ()
-        deployment = Deployment(tp=tp, ep=ep, pp=pp, gpu=None if gpu is None else parse_gpu(gpu))
+        targets = () if engines is None else parse_targets(engines)
+        deployment = Deployment.on(gpu, tp=tp, ep=ep, pp=pp)
         wishes = Wishes(
             checkpoint=ckpt,
             reference=reference,
@@ -179,6 +203,9 @@ def check(
         asks, remarks = choose(targets, wishes)
     except (TargetError, ChoiceError) as error:
         raise click.UsageError(str(error)) from None
+    if output is not None and not output.parent.is_dir():
+        # before hours of work, not after
+        raise click.UsageError(f"can't write {output}: there is no directory {output.parent}")
     asked = {"max_kl": max_kl, "min_top1": min_top1, "max_relative_error": max_rel}
     limits = {field: value for field, value in asked.items() if value is not None}
     try:
@@ -220,7 +247,7 @@ def _rendered(result: Result, style: _Style, *, quiet: bool, verbose: bool, stri
         case "junit":
             return junit.render(result, strict=strict)
         case "sarif":
-            return sarif.render(result)
+            return sarif.render(result, strict=strict)
         case "html":
             known = rows(read_matrix().cells)
             return html.render(result, measured=result.measured, support_matrix=known)

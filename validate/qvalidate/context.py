@@ -136,7 +136,10 @@ class Context:
             if stored.dtype not in HIGH_PRECISION or not (is_stack or is_matrix):
                 continue
             module = name if is_stack else owner
-            if keep_reason(module, config=self.checkpoint.config) not in _NO_LINEAR:
+            # of a vision part, keep_reason() does not say that it is an embedding
+            is_embedding = "embed" in module.rpartition(".")[2]
+            reason = keep_reason(module, config=self.checkpoint.config)
+            if not is_embedding and reason not in _NO_LINEAR:
                 found[module] = stored
         return found
 

@@ -20,6 +20,7 @@ from qvalidate.engines.diagnosis import Diagnosis, diagnose
 from qvalidate.engines.interpreter import NoInterpreterError, environment, find_interpreter
 from qvalidate.engines.process import Run, run, sigterm_as_exit
 from qvalidate.engines.vllm import ENGINE
+from qvalidate.targets import MOST_GPUS
 
 __all__ = ["DRY", "DryOutcome", "DryRequest", "dry_run", "findings_of", "judge_cast"]
 
@@ -103,7 +104,7 @@ class DryRequest(Strict):
     # the engine's interpreter; None is the one that runs this
     python: str | None = None
     # ranks of tensor parallelism; all of them are built
-    tp: int = Field(default=1, ge=1, le=1024)
+    tp: int = Field(default=1, ge=1, le=MOST_GPUS)
     timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
 
 

@@ -15,23 +15,28 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
-from qschema.strict import Finding, Strict
+from qschema.strict import DocumentError, Finding, Strict, load_json
+from qvalidate.context import positive_int
 from qvalidate.engines.interpreter import environment
+from qvalidate.engines.process import end_group, sigterm_as_exit
 
 EvalVerdict: TypeAlias = Literal["passed", "failed", "not-run"]
 # what the harness calls the engines; transformers is there for a machine that has no engine
 _MODELS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "transformers": "hf"}
 _ARGUMENTS: Mapping[str, str] = {
-    "vllm": "enforce_eager=True,max_model_len=4096",
+    "vllm": "enforce_eager=True,max_model_len={longest}",
     "sglang": "disable_cuda_graph=True",
     "transformers": "dtype=auto",
 }
+# tokens that a task may need; a model that was made for fewer gets no more, which vLLM refuses
+_LONGEST = 4096
 # in the order of preference, where a task has several
 _METRICS = ("exact_match", "acc_norm", "acc", "mc2", "f1", "pass@1", "pass_at_1")
 
 EVALUATE: Mapping[str, str] = {
     "eval-drop": "on a task the checkpoint does worse than the source by more than --max-drop",
-    "eval-failed": "lm-evaluation-harness did not finish; nothing is known about the tasks",
+    "eval-failed": "lm-evaluation-harness did not finish, or measured what can't be compared; "
+    "nothing is known about those tasks",
     "eval-missing": "lm-evaluation-harness is not installed for that interpreter; nothing was run "
     "(exit 2)",
 }
@@ -94,8 +99,9 @@ def evaluate(request: EvalRequest) -> EvalOutcome:
                 f"lm-evaluation-harness has no {request.engine}; it has {', '.join(_MODELS)}",
                 is_missing=True,
             )
-        reference = _run(request, request.reference)
-        candidate = _run(request, request.checkpoint)
+        with sigterm_as_exit():
+            reference = _run(request, request.reference)
+            candidate = _run(request, request.checkpoint)
         scores = list(_scores(reference, candidate))
         if not scores:
             raise _HarnessError("the results have no metric that both runs know")
@@ -116,8 +122,13 @@ def evaluate(request: EvalRequest) -> EvalOutcome:
             f"{score.reference:.4f}; at most {request.max_drop:g} less is allowed",
         )
         for score in scores
-        if score.drop > request.max_drop
+        # not `>`: a NaN is no pass
+        if not score.drop <= request.max_drop
     ]
+    if unjudged := _unjudged(reference, candidate, scores):
+        known = ", ".join(_METRICS)
+        message = f"{', '.join(unjudged)}: no metric in both runs that is known here ({known})"
+        findings.append(_finding(request, "eval-failed", message))
     return EvalOutcome(
         verdict="failed" if findings else "passed",
         engine=request.engine,
@@ -130,7 +141,8 @@ def evaluate(request: EvalRequest) -> EvalOutcome:
 def _run(request: EvalRequest, checkpoint: Path) -> Mapping[str, object]:
     """Return the harness's document of results for one checkpoint."""
     python = request.python or sys.executable
-    arguments = f"pretrained={os.path.abspath(checkpoint)},{_ARGUMENTS[request.engine]}"
+    more = _ARGUMENTS[request.engine].format(longest=_longest(checkpoint))
+    arguments = f"pretrained={os.path.abspath(checkpoint)},{more}"
     with tempfile.TemporaryDirectory(prefix="qvalidate-eval-") as folder:
         argv = [python, "-m", "lm_eval", "--model", _MODELS[request.engine]]
         argv += ["--model_args", arguments, "--tasks", ",".join(request.tasks)]
@@ -145,28 +157,74 @@ def _run(request: EvalRequest, checkpoint: Path) -> Mapping[str, object]:
         if request.task_folder is not None:
             argv += ["--include_path", os.path.abspath(request.task_folder)]
         try:
-            done = subprocess.run(
-                argv,
-                capture_output=True,
-                text=True,
-                env=variables,
-                cwd=folder,
-                timeout=request.timeout_s,
-            )
+            returncode, log = _finished(argv, variables, folder, timeout_s=request.timeout_s)
         except subprocess.TimeoutExpired:
             raise _HarnessError(f"no result in {request.timeout_s:g} s") from None
         except OSError as error:
             raise _HarnessError(f"can't start {python}: {error}", is_missing=True) from None
-        if "No module named lm_eval" in done.stderr:
+        if "No module named lm_eval" in log:
             raise _HarnessError(
                 f"lm_eval is not installed for {python}: pip install 'qconvert[eval]'",
                 is_missing=True,
             )
         files = sorted(Path(folder).rglob("results*.json"))
-        if done.returncode or not files:
-            raise _HarnessError(f"{checkpoint.name}: {_last_line(done.stderr)}")
-        document: Mapping[str, object] = json.loads(files[-1].read_text())
-        return document
+        if returncode or not files:
+            raise _HarnessError(f"{checkpoint.name}: {_last_line(log)}")
+        try:
+            document: object = json.loads(files[-1].read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _HarnessError(f"{checkpoint.name}: no results: {error}") from None
+        return document if isinstance(document, dict) else {}
+
+
+def _longest(checkpoint: Path) -> int:
+    """Return how many tokens a prompt may have."""
+    try:
+        config = load_json(checkpoint / "config.json")
+    except (DocumentError, OSError):
+        # the engine will say what is wrong with it
+        config = None
+    found = None
+    if isinstance(config, dict):
+        found = positive_int(config, "max_position_embeddings")
+    return min(found or _LONGEST, _LONGEST)
+
+
+def _finished(
+    argv: Sequence[str], variables: Mapping[str, str], folder: str, *, timeout_s: float
+) -> tuple[int, str]:
+    """Return exit status and stderr of a command; nothing of its process group is left.
+
+    Engines start processes of their own, which outlive a harness that is killed alone.
+    """
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=variables,
+        cwd=folder,
+        start_new_session=True,
+    ) as process:
+        try:
+            _, log = process.communicate(timeout=timeout_s)
+        finally:
+            end_group(process)
+    return process.returncode, log.decode(errors="replace")
+
+
+def _unjudged(
+    reference: Mapping[str, object], candidate: Mapping[str, object], scores: Sequence[TaskScore]
+) -> list[str]:
+    """Return the tasks that were measured and have no score: that is no pass."""
+    before, after = _results(reference), _results(candidate)
+    measured = {
+        task
+        for results in (before, after)
+        for task, metrics in results.items()
+        if any("," in key and not key.partition(",")[0].endswith("_stderr") for key in metrics)
+    }
+    return sorted(measured - {score.task for score in scores})
 
 
 def _scores(

@@ -2,7 +2,7 @@
 
 import difflib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qvalidate.dry import DRY
 from qvalidate.evaluate import EVALUATE
@@ -14,6 +14,17 @@ _EFFECTS = {
     "refuses": "refuses the checkpoint",
     "wrong": "loads it and computes something else, without a message",
     "unknown": "does one or the other, depending on the model",
+}
+
+
+# where what no rule finds comes from -> id -> what it says
+_OUTSIDE: Mapping[str, Mapping[str, str]] = {
+    "while loading": LOADING,
+    "against the source's weights": WEIGHTS,
+    "by a dry load": DRY,
+    "by the engine's run": ENGINE,
+    "by the engine's server": SERVE,
+    "by lm-evaluation-harness": EVALUATE,
 }
 
 
@@ -35,20 +46,18 @@ def explain(rule_id: str) -> str:
         found = evidence(declared)
         lines += ["Evidence:", *(f"  {line}" for line in found)] if found else []
         return "\n".join(lines)
-    for origin, table in (
-        ("while loading", LOADING),
-        ("against the source's weights", WEIGHTS),
-        ("by a dry load", DRY),
-        ("by the engine's run", ENGINE),
-        ("by the engine's server", SERVE),
-        ("by lm-evaluation-harness", EVALUATE),
-    ):
+    for origin, table in _OUTSIDE.items():
         if rule_id in table:
             return f"{rule_id} (found {origin}): {table[rule_id]}"
-    known = [*RULES, *LOADING, *WEIGHTS, *DRY, *ENGINE, *SERVE, *EVALUATE]
+    known = [*RULES, *(outside for table in _OUTSIDE.values() for outside in table)]
     near = difflib.get_close_matches(rule_id, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UnknownRuleError(f"no rule {rule_id!r}{hint} `qvalidate rules` lists them")
+
+
+def is_explained(rule_id: str) -> bool:
+    """Return whether `explain` knows the id."""
+    return rule_id in RULES or any(rule_id in table for table in _OUTSIDE.values())
 
 
 def scope(declared: Rule) -> str:

@@ -1,11 +1,13 @@
 """A Result as text. JSON is the model's own dump."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 
 import click
 
 from qschema.strict import Finding
+from qvalidate.explain import is_explained
 from qvalidate.result import EngineReport, Result
 from qvalidate.rules import RULES
 
@@ -42,7 +44,8 @@ def engine_lines(report: EngineReport) -> Iterator[str]:
     """Yield what was predicted of the engine, what it did, and whether they agree."""
     by = f" ({', '.join(report.predicted_by)})" if report.predicted_by else ""
     yield f"{report.engine}: predicted: {report.predicted}{by}"
-    yield from _parts(report)
+    for line in parts(report):
+        yield f"{report.engine}: {line}"
     observed = report.observed
     if observed is None:
         if report.dry is not None:
@@ -71,23 +74,23 @@ def engine_lines(report: EngineReport) -> Iterator[str]:
     yield _agreement(report)
 
 
-def _parts(report: EngineReport) -> Iterator[str]:
+def parts(report: EngineReport) -> Iterator[str]:
     """Yield a line for what was asked beside loading and generating."""
     if (dry := report.dry) is not None:
         counted = f"{dry.num_tensors} tensors, {dry.ranks_checked} of {dry.tp} ranks"
         version = f" [{dry.version}]" if dry.version else ""
         message = f": {dry.message}" if dry.message else ""
-        yield f"{report.engine}: dry load: {dry.verdict}, {counted}{version}{message}"
+        yield f"dry load: {dry.verdict}, {counted}{version}{message}"
     if (served := report.served) is not None:
         ready = f", ready in {served.ready_s:.1f} s" if served.ready_s is not None else ""
         chat = f"; chat not asked: {served.chat_skipped}" if served.chat_skipped else ""
-        yield f"{report.engine}: server: {served.verdict}{ready}{chat}"
+        yield f"server: {served.verdict}{ready}{chat}"
     if (evaluated := report.evaluated) is not None:
         scores = ", ".join(
             f"{score.task} {score.candidate:.4f} (source {score.reference:.4f})"
             for score in evaluated.scores
         )
-        yield f"{report.engine}: tasks: {evaluated.verdict}: {scores or evaluated.message}"
+        yield f"tasks: {evaluated.verdict}: {scores or evaluated.message}"
 
 
 def _agreement(report: EngineReport) -> str:
@@ -96,7 +99,8 @@ def _agreement(report: EngineReport) -> str:
         "contradicted": "contradicts the prediction",
         "untested": "says nothing about the prediction",
     }[report.agreement]
-    return f"{report.engine}: the run {said}"
+    why = f", which is not about {report.other_version}" if report.other_version else ""
+    return f"{report.engine}: the run {said}{why}"
 
 
 def summary(result: Result) -> Iterator[str]:
@@ -134,9 +138,11 @@ def hint(result: Result) -> str | None:
     """Return what to do next, None if nothing suggests itself."""
     worst = min(result.findings, key=lambda finding: _ORDER[finding.severity], default=None)
     if worst is not None and worst.severity != "note":
-        return f"qvalidate explain {worst.rule}"
+        # of what a strict model minds there is no more to say
+        return f"qvalidate explain {worst.rule}" if is_explained(worst.rule) else None
     if result.is_for_any_engine:
-        return f"no engine was asked: qvalidate {result.checkpoint.path} --engine vllm"
+        path = shlex.quote(result.checkpoint.path)
+        return f"no engine was asked: qvalidate {path} --engine vllm"
     return None
 
 

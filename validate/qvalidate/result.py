@@ -83,13 +83,24 @@ class EngineReport(Strict):
     observed: EngineOutcome | None = None
     served: ServeOutcome | None = None
     evaluated: EvalOutcome | None = None
+    # the version that ran, where the prediction is not about it; then the run shows nothing here
+    other_version: str | None = None
     agreement: Agreement = "untested"
 
     @property
     def shown(self) -> Prediction | None:
-        """What the engine shows, None for nothing; a run counts for more than a dry load."""
+        """What the engine shows, None for nothing; a run counts for more than a dry load.
+
+        But that it generates, which garbage does too, does not undo what its loader left out.
+        """
+        if self.other_version is not None:
+            return None
         by_run = shown_by(self.observed) if self.observed else None
-        return by_run or (shown_by_loader(self.dry) if self.dry else None)
+        by_loader = shown_by_loader(self.dry) if self.dry else None
+        has_compared = self.observed is not None and self.observed.reached == "compare"
+        if by_run == "loads" and by_loader == "loads-but-wrong" and not has_compared:
+            return by_loader
+        return by_run or by_loader
 
     @property
     def verdict(self) -> Prediction:
@@ -119,7 +130,7 @@ class Result(Strict):
         return sum(1 for finding in self.findings if finding.severity == severity)
 
     def exit_code(self, *, strict: bool) -> int:
-        """Return 0 clean, 1 findings, 2 where an engine asked for could not be started."""
+        """Return 0 clean, 1 findings or nothing shown, 2 where an engine could not be started."""
         parts = (
             part
             for report in self.engines
@@ -127,4 +138,12 @@ class Result(Strict):
         )
         if any(part is not None and part.verdict in ("not-run", "no-engine") for part in parts):
             return 2
-        return 1 if self.count("error") or (strict and self.count("warning")) else 0
+        if self.count("error") or (strict and self.count("warning")):
+            return 1
+        # a dry load that nothing follows was all that was asked for
+        is_unshown = any(
+            report.dry is not None and report.dry.verdict == "unsupported"
+            for report in self.engines
+            if report.observed is None
+        )
+        return 1 if is_unshown else 0

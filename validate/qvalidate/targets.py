@@ -5,12 +5,14 @@ Values that are parsed from the command line. Nothing here starts an engine or l
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
+# ranks, of which a dry load builds every one
+MOST_GPUS = 1024
 # the versions whose reading of a checkpoint was studied (docs/rules.md cites them), oldest first
 KNOWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -20,7 +22,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-_TARGET = re.compile(r"\s*(?P<engine>[a-z][a-z-]*)\s*(?P<versions>.*?)\s*", re.S)
+_TARGET = re.compile(r"\s*(?P<engine>[A-Za-z][A-Za-z-]*)\s*(?P<versions>.*?)\s*", re.S)
 _GPU = re.compile(r"sm_?(\d{2,3})", re.IGNORECASE)
 
 
@@ -42,18 +44,46 @@ class Target:
             SpecifierSet(specifier).contains(version, prereleases=True) for version in self.versions
         )
 
+    def wants(self, version: str) -> bool:
+        """Return whether an engine of `version` is one that the user meant.
+
+        What PEP 440 knows no order of (a build from source) may be any.
+        """
+        try:
+            found = Version(version)
+        except InvalidVersion:
+            return True
+        return SpecifierSet(self.text.removeprefix(self.engine)).contains(found, prereleases=True)
+
+    def only(self, version: str) -> "Target | None":
+        """Return the target of that known version alone, None if it is none of `versions`.
+
+        `0.33.0+cpu` is 0.33.0.
+        """
+        known = version.partition("+")[0]
+        return replace(self, versions=(known,)) if known in self.versions else None
+
 
 @dataclass(frozen=True)
 class Deployment:
     """How the weights are divided. `gpu` is a compute capability times ten, None if not said.
 
-    tp: every layer over so many GPUs; ep: experts over so many; pp: layers over so many.
+    tp: every layer over so many GPUs; ep: experts over so many; pp: layers over so many. With
+    `on_cpu` there is no GPU, so that rules about their kernels say nothing.
     """
 
     tp: int = 1
     ep: int = 1
     pp: int = 1
     gpu: int | None = None
+    on_cpu: bool = False
+
+    @classmethod
+    def on(cls, device: str | None, *, tp: int = 1, ep: int = 1, pp: int = 1) -> "Deployment":
+        """Return the deployment on `device`: sm_NN, cpu, or None. Raises TargetError."""
+        if device is not None and device.lower() == "cpu":
+            return cls(tp=tp, ep=ep, pp=pp, on_cpu=True)
+        return cls(tp=tp, ep=ep, pp=pp, gpu=None if device is None else parse_gpu(device))
 
 
 ONE_GPU = Deployment()
@@ -76,7 +106,7 @@ def parse_targets(text: str) -> tuple[Target, ...]:
     found: dict[str, Target] = {}
     for part in _parts(text):
         match = _TARGET.fullmatch(part)
-        name = match["engine"] if match else part
+        name = match["engine"].lower() if match else part
         if match is None or name not in KNOWN:
             raise TargetError(f"unknown engine {name!r}; there is {', '.join(KNOWN)}")
         if name in found:
@@ -91,7 +121,9 @@ def parse_gpu(text: str) -> int:
     """Return 90 for `sm_90`. Raises TargetError."""
     match = _GPU.fullmatch(text)
     if match is None:
-        raise TargetError(f"{text!r} is no compute capability; expected sm_80, sm_89, sm_90, ...")
+        raise TargetError(
+            f"{text!r} is no compute capability; expected sm_80, sm_89, sm_90, ... or cpu"
+        )
     return int(match[1])
 
 

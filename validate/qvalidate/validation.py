@@ -1,6 +1,6 @@
 """One validation from a path to a Result: load, rules, and the engines that are to be asked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qschema.plan import Tool
@@ -58,7 +58,8 @@ def validate(
         return Result(
             tool=_TOOL,
             checkpoint=Subject(path=str(path)),
-            level=level,
+            # nothing else was done
+            level="rules",
             rules=[],
             findings=error.findings,
             engines=[_report(target, "unknown") for target in wanted],
@@ -80,10 +81,11 @@ def validate(
             limits_of_plain=thresholds(context, has_plain_kernels=True).model_copy(update=given),
         )
         shown += found.findings()
-        reports = [
-            _answered(report, found) if report.engine == ask.engine.name else report
-            for report in reports
-        ]
+        for index, target in enumerate(wanted):
+            if target.engine == ask.engine.name:
+                other = other_version(findings, target, found.version)
+                reports[index] = _answered(reports[index], found, other)
+                shown += _other_findings(path, target, found.version)
     return Result(
         tool=_TOOL,
         checkpoint=_subject(context),
@@ -126,6 +128,27 @@ def agreement(report: EngineReport) -> Agreement:
     return "confirmed" if shown == predicted else "contradicted"
 
 
+def other_version(findings: Sequence[Finding], target: Target, ran: str | None) -> str | None:
+    """Return the version that ran if what is predicted of `target` is not about it, else None.
+
+    It is not where the user meant another version, nor where `target` is several versions and the
+    prediction, the worst of them, is not that of the one that ran.
+    """
+    if ran is None:
+        return None
+    own = target.only(ran)
+    is_meant = target.wants(ran)
+    if is_meant and (own is None or predict(findings, own)[0] == predict(findings, target)[0]):
+        return None
+    return ran
+
+
+def _other_findings(path: Path, target: Target, ran: str | None) -> Iterator[Finding]:
+    if ran is not None and not target.wants(ran):
+        message = f"{target.engine} {ran} ran, {target.text} was asked for and not shown"
+        yield Finding(file=str(path), where="", rule="engine-version", message=message)
+
+
 def _furthest(asks: Sequence[Ask]) -> RunLevel:
     asked = {ask.level for ask in asks}
     return next((level for level in ("evaluate", *reversed(LEVELS)) if level in asked), "rules")
@@ -140,8 +163,9 @@ def _report(target: Target, predicted: Prediction, by: Sequence[str] = ()) -> En
     )
 
 
-def _answered(report: EngineReport, found: Answer) -> EngineReport:
+def _answered(report: EngineReport, found: Answer, other: str | None) -> EngineReport:
     parts = {
+        "other_version": other,
         "dry": found.dry,
         "observed": found.observed,
         "served": found.served,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qschema.plan import Tool
 from qvalidate import __version__
-from qvalidate.context import Context
+from qvalidate.context import LM_HEAD, Context
 from qvalidate.diff.documents import config_diff
 from qvalidate.diff.files import file_diff
 from qvalidate.diff.quantization import quantization_diff
@@ -49,10 +49,18 @@ def compare(a: Path, b: Path, *, weights: bool = True, max_error: float = 0.0) -
 
 
 def _linears(a: Context, b: Context, matching: Matching) -> dict[str, str]:
-    """Return name in B -> name in A of the Linears that both sides have."""
+    """Return name in B -> name in A of the Linears that both sides have.
+
+    A head without a weight of its own is one, if both sides are quantized: engines ask the lists
+    for it.
+    """
+    has_bare_head = all(
+        side.is_tied and side.obeyed is not None and LM_HEAD not in side.modules for side in (a, b)
+    )
     known = {module.weight_name: name for name, module in b.quantized.items()}
     known |= {stored.name: name for name, stored in b.unquantized.items()}
-    return {
+    found = {LM_HEAD: LM_HEAD} if has_bare_head else {}
+    return found | {
         known[pair.b.name]: _module_in_a(a, pair)
         for pair in sorted(matching.pairs, key=lambda pair: pair.name)
         if pair.b.name in known
@@ -75,6 +83,9 @@ def _notes(a: Context, b: Context, matching: Matching, *, reads: bool) -> Iterat
         if side.checkpoint.stray_shards:
             names = ", ".join(side.checkpoint.stray_shards)
             yield f"{label} has safetensors files that are no part of it: {names}"
+        links = [name for name in side.checkpoint.skipped if name.endswith("/") and name[0] != "."]
+        if links:
+            yield f"{label} has folders that were not looked into: {', '.join(links)}"
 
 
 def _subject(context: Context) -> Subject:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # elements of each side that are decoded at a time
 _SLICE_ELEMENTS = 1 << 20
-# elements that are compared at a time: their float64 stay in a core's cache
-_CHUNK_ELEMENTS = 1 << 15
+# elements that are compared at a time: their float64 stay in a core's cache, and OpenBLAS starts
+# threads for a dot product of more than 10 000, which cost more than they bring
+_CHUNK_ELEMENTS = 1 << 13
 
 
 class Matrix(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from qschema.strict import Json
 from qvalidate.assignment import assign, declared_as
 from qvalidate.context import Context
-from qvalidate.diff.documents import as_change, differences, json_pair
+from qvalidate.diff.documents import ABSENT, as_change, differences, json_pair
 from qvalidate.diff.result import AssignmentChange, JsonChange, QuantizationDiff, WordChange
 from qvalidate.documents import HF_QUANT_CONFIG, QuantConfig
 
@@ -33,6 +33,7 @@ _IN_WORDS = frozenset(
         "config_groups",
     }
 )
+_FP8_CACHE: Mapping[str, Json] = {"dynamic": False, "num_bits": 8, "type": "float"}
 _MAY_BE_SPELT = ("quant_algo", "kv_cache_quant_algo")
 
 
@@ -143,7 +144,11 @@ def _other_fields(
             root = (*_root(here), "quantized_layers", name)
             for change in differences(_entry(here, name), _entry(there, name)):
                 yield as_change(change, file=file, root=root)
-    schemes = here.raw.get("kv_cache_scheme"), there.raw.get("kv_cache_scheme")
+    if here.is_mixed and there.is_mixed and bool(here.layers) != bool(there.layers):
+        # vLLM takes the list of hf_quant_config.json then, others have none
+        was, is_now = (config.body.get("quantized_layers", ABSENT) for config in (here, there))
+        yield as_change((("quantized_layers",), was, is_now), file=file, root=_root(here))
+    schemes = [_scheme(config.raw.get("kv_cache_scheme")) for config in (here, there)]
     if all(isinstance(scheme, dict) for scheme in schemes):
         for change in differences(schemes[0], schemes[1]):
             yield as_change(change, file=file, root=(*_root(here), "kv_cache_scheme"))
@@ -156,6 +161,11 @@ def _other_fields(
         return
     for change in differences(groups[0], groups[1]):
         yield as_change(change, file=file, root=(*_root(here), "config_groups"))
+
+
+def _scheme(value: Json) -> Json:
+    """Return a kv_cache_scheme with the name of what ModelOpt writes out spelt out."""
+    return dict(_FP8_CACHE) if isinstance(value, str) and value.upper() == "FP8" else value
 
 
 def _hf_quant_config(

@@ -24,11 +24,18 @@ _GENERIC = re.compile(
     r"See root cause above|Engine core initialization failed|EngineDeadError"
     r"|scheduler died during initialization|Initialization failed\. Please see the error"
 )
-# says something about the machine at this moment, not about the checkpoint: memory, or a process of
-# the engine's own that was killed (SGLang)
+# says something about the machine or the installation, not about the checkpoint: memory, or a
+# process of the engine's own that was killed (SGLang)
 _MOMENT = re.compile(
     r"out of memory|No available memory|Free memory on device|OutOfMemoryError"
-    r"|Not enough memory|\(exit code: -\d"
+    r"|Not enough memory|[Cc]an(?:not|'t) allocate memory|\(exit code: -\d"
+    # no GPU, or none that is free and well
+    r"|No CUDA GPUs are available|Found no NVIDIA driver|driver version is insufficient"
+    r"|NVIDIA driver on your system is too old|all CUDA-capable devices are busy"
+    r"|uncorrectable ECC error|Failed to infer device type"
+    # a disk, a port, a part of the engine's installation
+    r"|No space left on device|Address already in use|Too many open files"
+    r"|ModuleNotFoundError: |cannot open shared object file"
 )
 _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|Fatal|fault)\b: ?\S|^Fatal Python error")
 # log prefixes such as "(EngineCore pid=12) ERROR 11-21 11:03:12 [core.py:133] "

@@ -148,7 +148,7 @@ def started(command: Command, job: Mapping[str, Json], *, folder: Path) -> Itera
                 process.stdin.flush()
         yield RunnerProcess(process, folder, log)
     finally:
-        _end_group(process)
+        end_group(process)
 
 
 def run(
@@ -224,8 +224,8 @@ class _Tail:
                 self._kept = (self._kept + chunk)[-_TAIL_NBYTES:]
 
 
-def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End everything in the runner's process group: asked first, then killed."""
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End everything in the group that `process` leads: asked first, then killed."""
     deadline = time.monotonic() + _GRACE_S
     # the group may be empty, or hold only what is not ours any more
     with contextlib.suppress(ProcessLookupError, PermissionError):

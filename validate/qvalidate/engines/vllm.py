@@ -26,6 +26,7 @@ ENGINE = RunnerEngine(
     no_kernel=re.compile(
         r"Failed to find a kernel that can implement"
         r"|reference kernels (?:do not )?know"
+        r"|No \w+ MoE backend supports"
         r"|Forced \S+ kernel \S+ is not supported"
         r"|'_\w*C\w*' object has no attribute"
         r"|_C::\w+\(\) expected at most 0 argument"

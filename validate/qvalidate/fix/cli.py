@@ -1,5 +1,6 @@
 """`qvalidate fix`: the repairs as text or JSON. What is repaired is decided elsewhere."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ def fix(
     $ qvalidate fix my-model-fp8 my-model-fixed
     config.json::$.quantization_config.quant_method: method-corrected: nothing -> "modelopt" (...)
     """
+    # a scheduler's polite end cleans up as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = run_fix(ckpt, out_dir, dry_run=dry_run)
     except FixError as error:
@@ -51,8 +54,11 @@ def fix(
     except DocumentError as error:
         raise click.UsageError(f"{ckpt}: can't be repaired\n{error}") from None
     except OSError as error:
-        message = f"{error.filename or ckpt}: {error.strerror or error}"
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"can't make {out_dir}: {where}{error.strerror or error}"
         raise click.UsageError(message) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if style == "json":
         click.echo(report.model_dump_json(indent=2))
     else:

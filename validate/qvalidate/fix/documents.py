@@ -10,7 +10,7 @@ export/convert_hf_config.py:24-282.
 import difflib
 from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from qschema.formats import Format, formats
@@ -72,7 +72,8 @@ def made(facts: Facts, *, file: str, root: str, nested: bool, reason: str) -> Do
 def correct(document: Document, facts: Facts, *, is_in_config: bool) -> Document:
     """Return `document` changed so that it says `facts`.
 
-    The form is changed to that which every reader of the file takes.
+    The form is changed to that which every reader of the file takes. What it says about the cache
+    stays, also where the other document says something else.
     """
     if facts.algo is not None and document.is_nested is is_in_config:
         reason = (
@@ -81,6 +82,7 @@ def correct(document: Document, facts: Facts, *, is_in_config: bool) -> Document
             else "TensorRT-LLM 1.2 reads this file in the nested form only"
         )
         root = document.root
+        facts = replace(facts, kv_algo=document.config.kv_algo or facts.kv_algo)
         return made(facts, file=document.file, root=root, nested=not is_in_config, reason=reason)
     _respell(document)
     if facts.algo is not None:

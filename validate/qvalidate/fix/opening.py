@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from qschema.strict import DocumentError, Finding, Json, load_json
 from qvalidate.context import Context
 from qvalidate.documents import HF_QUANT_CONFIG
 from qvalidate.fix.index import index_document
-from qvalidate.fix.repair import Left, Repair
+from qvalidate.fix.repair import Repair
 from qvalidate.loader import load
 
 _INDEX = f"model{INDEX_SUFFIX}"
@@ -39,7 +39,6 @@ class Opened:
     original: Context | None
     refused: tuple[Finding, ...] = ()
     repairs: tuple[Repair, ...] = ()
-    left: tuple[Left, ...] = ()
 
 
 @contextmanager
@@ -60,30 +59,29 @@ def opened_for_repair(path: Path) -> Iterator[Opened]:
         return
     with TemporaryDirectory(prefix="qvalidate-fix-") as folder:
         view = Path(folder) / "view"
-        repairs, left = _make_view(path, view, refused)
-        yield Opened(_loaded(view, path), context, refused, repairs, left)
+        repairs = _make_view(path, view, refused)
+        yield Opened(_loaded(view, path), context, refused, repairs)
 
 
 def _omits_a_shard(context: Context) -> bool:
-    """Return whether a file with tensors, and with a number of the shards' set, is not indexed."""
+    """Return whether a file with a number of the shards' set, and new tensors, is not indexed."""
     shards = [shard.file.name for shard in context.checkpoint.shards]
     return any(
-        _is_of_set(name, shards) and read_header(context.path / name).tensors
+        _is_of_set(name, shards)
+        and read_header(context.path / name).tensors.keys() - context.checkpoint.tensors.keys()
         for name in context.checkpoint.stray_shards
     )
 
 
-def _make_view(
-    path: Path, view: Path, refused: tuple[Finding, ...]
-) -> tuple[tuple[Repair, ...], tuple[Left, ...]]:
-    """Make `view` of `path` without what the loader `refused`; return what that repairs and leaves.
+def _make_view(path: Path, view: Path, refused: tuple[Finding, ...]) -> tuple[Repair, ...]:
+    """Make `view` of `path` without what the loader `refused`; return what that repairs.
 
     Raises DocumentError(refused) where that is not possible.
     """
     indexes = sorted(file.name for file in path.glob(f"*{INDEX_SUFFIX}"))
     if not all(_is_repairable(found, indexes) for found in refused):
         raise DocumentError(list(refused))
-    shards, lost = _shards(path, _named(path, indexes), refused)
+    shards = _shards(path, _named(path, indexes), refused)
     files = [shard.file.name for shard in shards]
     tensors = {name: stored for shard in shards for name, stored in shard.tensors.items()}
     wrong = [found for found in refused if Path(found.file).name != HF_QUANT_CONFIG]
@@ -91,21 +89,14 @@ def _make_view(
     left_out = set(indexes)
     if len(wrong) < len(refused):
         left_out.add(HF_QUANT_CONFIG)
-    if SINGLE not in files:
-        # with an index it would be a second set of weights
-        left_out.add(SINGLE)
     _link(path, view, left_out)
     needs_index = files != [SINGLE] and (len(files) > 1 or bool(indexes))
     if needs_index:
         document = index_document(tensors, _metadata(path, indexes))
         (view / index).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    reason = "is in no shard; its entry is gone, its bytes can't be made"
-    left = tuple(
-        Left(rule="index-missing-tensor", file=index, where=name, reason=reason) for name in lost
-    )
     if refused and not wrong:
-        return (), left
-    repair = Repair(
+        return ()
+    rebuilt = Repair(
         id="index-rebuilt",
         file=index,
         where="",
@@ -113,7 +104,13 @@ def _make_view(
         becomes=f"{len(tensors)} tensors in {len(files)} files" if needs_index else "nothing",
         reason="made from the headers of the shards",
     )
-    return (repair,), left
+    reason = f"only one index can be, {index} is"
+    others = (
+        Repair(id="stray-left-out", file=name, where="", was=name, becomes="nothing", reason=reason)
+        for name in indexes
+        if name != index
+    )
+    return (rebuilt, *others)
 
 
 def _is_repairable(found: Finding, indexes: Sequence[str]) -> bool:
@@ -135,30 +132,34 @@ def _loaded(view: Path, path: Path) -> Context:
         raise DocumentError(named) from None
 
 
-def _shards(
-    path: Path, named: Mapping[str, str], refused: Sequence[Finding]
-) -> tuple[list[ShardHeader], list[str]]:
-    """Return the headers of the model's shards, and the named tensors that none of them has.
+def _shards(path: Path, named: Mapping[str, str], refused: Sequence[Finding]) -> list[ShardHeader]:
+    """Return the headers of the model's shards.
 
-    Raises DocumentError(refused) where the files don't tell.
+    Raises DocumentError, with what was `refused`, where the files don't tell, and where a named
+    tensor is in none: nothing says whether it is lost, or its entry is old.
     """
     headers: dict[str, ShardHeader] = {}
+    damaged: list[Finding] = []
     for file in sorted(path.glob("*.safetensors")):
-        # one that can't be read is no shard, or the loader's own error about it is raised later
-        with suppress(DocumentError, OSError):
+        try:
             headers[file.name] = read_header(file)
+        except DocumentError as error:
+            # no shard, or the reason why the shards are not complete
+            damaged += error.findings
     if named:
         chosen = [name for name, header in headers.items() if header.tensors.keys() & named.keys()]
         chosen += [name for name in headers if name not in chosen and _is_of_set(name, chosen)]
     else:
         chosen = _complete_set(list(headers))
     stored = [name for shard in chosen for name in headers[shard].tensors]
-    lost = sorted(named.keys() - set(stored))
-    # what a shard held that is not there can't come back
-    is_gone = any(named[name] not in headers for name in lost)
-    if not chosen or is_gone or len(set(stored)) < len(stored):
-        raise DocumentError(list(refused))
-    return [headers[name] for name in sorted(chosen)], lost
+    is_rival = SINGLE not in chosen and (path / SINGLE).exists()
+    if not chosen or is_rival or named.keys() - set(stored):
+        raise DocumentError([*refused, *damaged])
+    if len(set(stored)) < len(stored):
+        message = f"some tensors are in two of {', '.join(sorted(chosen))}; remove the wrong file"
+        twice = Finding(file=str(path), where="", rule="tensor-duplicate", message=message)
+        raise DocumentError([*refused, twice])
+    return [headers[name] for name in sorted(chosen)]
 
 
 def _complete_set(names: Sequence[str]) -> list[str]:
@@ -188,7 +189,7 @@ def _is_of_set(name: str, shards: Sequence[str]) -> bool:
 
 
 def _named(path: Path, indexes: Sequence[str]) -> dict[str, str]:
-    """Return the weight_map of the index, of the usual name if there are several."""
+    """Return the weight_map of the index, of several that of the usual name."""
     document = _document(path, indexes)
     found = document.get("weight_map")
     entries = found.items() if isinstance(found, dict) else ()
@@ -201,8 +202,8 @@ def _metadata(path: Path, indexes: Sequence[str]) -> Mapping[str, Json]:
 
 
 def _document(path: Path, indexes: Sequence[str]) -> Mapping[str, Json]:
-    name = _INDEX if _INDEX in indexes else next(iter(indexes), None)
-    if name is None:
+    name = indexes[0] if len(indexes) == 1 else _INDEX
+    if name not in indexes:
         return {}
     try:
         document = load_json(path / name)
@@ -216,9 +217,11 @@ def _link(path: Path, view: Path, left_out: set[str]) -> None:
     view.mkdir()
     for folder, folders, names in os.walk(path):
         inside = Path(folder).relative_to(path)
-        folders[:] = [name for name in folders if not (Path(folder) / name).is_symlink()]
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in links]
         for name in folders:
             (view / inside / name).mkdir()
-        for name in names:
+        # a link to a folder too, so that the loader names it
+        for name in [*names, *links]:
             if not (inside == Path() and name in left_out):
                 (view / inside / name).symlink_to((Path(folder) / name).resolve())

@@ -37,7 +37,9 @@ def check_output(source: Path, output: Path) -> None:
     if output.exists() or output.is_symlink():
         raise FixError(f"{output}: exists; nothing is overwritten, give another name")
     if partial.exists() or partial.is_symlink():
-        raise FixError(f"{partial}: is in the way, left by a run that was killed; remove it")
+        raise FixError(
+            f"{partial}: is in the way: of a run that is not done, or was killed; then remove it"
+        )
     if not target.parent.is_dir():
         raise FixError(f"{output}: the directory {target.parent} does not exist")
     if source.resolve() in target.parent.resolve().parents or (
@@ -133,11 +135,13 @@ def _rewrite(shard: ShardHeader, target: Path, changes: Mapping[str, Entry]) -> 
         }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(shard.file, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
+    with open(shard.file, "rb", buffering=0) as reader, open(target, "xb") as writer:
         size = os.fstat(reader.fileno()).st_size
         if size != shard.file_nbytes or os.pread(reader.fileno(), base, 0)[8:] != shard.raw:
             raise FixError(f"{shard.file}: changed after its header was read; start again")
         writer.write(len(text).to_bytes(8, "little") + text)
+        # all of it, or an error: what follows goes past this file's buffer
+        writer.flush()
         _copy_range(reader.fileno(), writer.fileno(), base, size)
         os.fsync(writer.fileno())
 

@@ -70,13 +70,17 @@ def fit(
     return "lacks" if lacks else "fits"
 
 
-def recognise(modules: Iterable[Module], *, is_mixed: bool) -> tuple[Format, ...]:
+def recognise(context: Context, modules: Iterable[Module], *, is_mixed: bool) -> tuple[Format, ...]:
     """Return the formats that all of `modules` have exactly, with no tensor too many.
 
+    None has tensors below the module: SVDQuant keeps a part of the weight there.
     Of two that differ in a tensor which a right module may do without, and no module has, the one
     without it.
     """
     modules = list(modules)
+    owners = {name.rpartition(".")[0] for name in context.modules}
+    if any(module.name in owners for module in modules):
+        return ()
     found = [
         declared
         for declared in formats().values()
@@ -118,7 +122,7 @@ def _whole(context: Context, configs: Sequence[QuantConfig]) -> Decision:
     for candidates in (possible, best):
         if len(candidates) == 1:
             return Decision(whole=candidates[0])
-    found = recognise(modules, is_mixed=False)
+    found = recognise(context, modules, is_mixed=False)
     if len(found) == 1:
         return Decision(whole=found[0])
     if len(known) == 1 and all(map(declared_as, named)):
@@ -163,7 +167,7 @@ def _layers(context: Context, configs: Sequence[QuantConfig]) -> Mapping[str, Fo
             fit(module, declared, is_mixed=True) == "contradicts" for module in modules
         ):
             others = [declared_as(config.layers.get(name, "")) for config in configs]
-            candidates = recognise(modules, is_mixed=True)
+            candidates = recognise(context, modules, is_mixed=True)
             for known in (others, context.assignment.formats, candidates):
                 told = [one for one in candidates if one in known]
                 if len(told) == 1:

@@ -36,7 +36,7 @@ def fix(path: Path, output: Path, *, dry_run: bool = False) -> FixReport:
         repairs=[*opened.repairs, *repairs.repairs],
         before=[_moved(found, view, str(path)) for found in before],
         after=[_moved(found, view, own) for found in after],
-        left=[*opened.left, *repairs.left],
+        left=list(repairs.left),
         notes=[*repairs.notes, *notes],
     )
 

@@ -17,6 +17,7 @@ State: TypeAlias = Literal["verified", "documented", "fails", "loads-but-wrong",
 Key: TypeAlias = tuple[str, str, str, str, str, str]
 # stands for every architecture, or every GPU that the engine runs on, as documents often do
 ANY = "any"
+GPU = r"^(sm_\d{2,3}|cpu|any)$"
 DATA = Path(__file__).with_name("support.json")
 
 
@@ -48,7 +49,7 @@ class Cell(Strict):
     dialect: str = "modelopt"
     # config.json's model_type, with what matters beside it: `llama`, `llama (odd widths)`
     architecture: str
-    gpu: str = Field(pattern=r"^(sm_\d{2,3}|cpu|any)$")
+    gpu: str = Field(pattern=GPU)
     state: State
     # for what is documented: which document
     source: str = ""

@@ -1,6 +1,7 @@
 """The commands `qvalidate matrix`, which runs cells, and `qvalidate support`, which prints them."""
 
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import click
 
 from qschema.strict import DocumentError
-from qvalidate.matrix import DATA, Cell, read, text, write
+from qvalidate.matrix import ANY, DATA, GPU, Cell, read, text, write
 from qvalidate.matrix.verify import (
     Bench,
     Case,
@@ -61,6 +62,9 @@ def matrix(
     \b
     $ qvalidate matrix --engine vllm --gpu sm_90 --python vllm-env/bin/python -j 8
     """
+    if gpu == ANY or not re.search(GPU, gpu):
+        # before the runs, not after
+        raise click.UsageError(f"--gpu {gpu}: expected what it runs on: sm_90, sm_100, ... or cpu")
     try:
         known = read(data)
         wanted = cases(fixtures, models=models, wanted=formats)
@@ -82,6 +86,8 @@ def matrix(
             keep=keep,
         )
         found = run(bench, wanted, jobs=jobs, watch=_show)
+    if not found:
+        raise click.UsageError("nothing was run: no fixture could be converted")
     try:
         write(known.with_cells(found), data)
     except OSError as error:
@@ -117,12 +123,16 @@ def support(
         known = read(data)
     except (DocumentError, OSError) as error:
         raise click.UsageError(str(error)) from None
-    found = list(known.select(engine=engine, formats=formats, architecture=architecture, gpu=gpu))
+    names = [name.upper() for name in formats]
+    found = list(known.select(engine=engine, formats=names, architecture=architecture, gpu=gpu))
     if markdown:
         click.echo(text.markdown(found), nl=False)
     else:
         for line in text.lines(found):
             click.echo(line)
+        if not found:
+            there = sorted({cell.format for cell in known.cells})
+            click.echo(f"nothing is known of that; there is {', '.join(there)}", err=True)
 
 
 def _show(case: Case, cell: Cell | None) -> None:

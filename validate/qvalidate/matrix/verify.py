@@ -17,7 +17,7 @@ from qvalidate.asking import Ask
 from qvalidate.engines import EngineRequest, get
 from qvalidate.matrix import Cell, CellRun, State
 from qvalidate.result import EngineReport, Result
-from qvalidate.targets import KNOWN, Target
+from qvalidate.targets import KNOWN, Deployment, Target
 from qvalidate.validation import validate
 
 MIXED = "MIXED_PRECISION"
@@ -159,7 +159,8 @@ def _result(bench: Bench, case: Case) -> Result | None:
     if not _convert(bench, case, out_dir):
         return None
     known = bench.version if bench.version in KNOWN[bench.engine] else KNOWN[bench.engine][-1]
-    target = Target(bench.engine, (known,), f"{bench.engine}=={known}")
+    # of a release that is not known yet the newest known one's rules are tried
+    target = Target(bench.engine, (known,), bench.engine)
     request = EngineRequest(
         checkpoint=out_dir,
         reference=source,
@@ -171,6 +172,7 @@ def _result(bench: Bench, case: Case) -> Result | None:
         out_dir,
         reference=source,
         targets=[target],
+        deployment=Deployment.on(bench.gpu),
         asks=[Ask(get(bench.engine), request=request, stands_in=bench.engine == "vllm")],
     )
     if bench.keep is not None:
@@ -196,7 +198,8 @@ def _convert(bench: Bench, case: Case, out_dir: Path) -> bool:
     code = "from qconvert.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     if done.returncode:
-        print(f"{case.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        print(f"{case.name}: {words[-1]}", file=sys.stderr)
     return done.returncode == 0
 
 

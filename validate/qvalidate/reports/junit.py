@@ -8,10 +8,14 @@ of the same run says so:
     prediction a failure where the rules say that an engine that was named refuses the checkpoint
                or gets it wrong; skipped where they can't tell. Of engines that nobody named it is
                only told: they decide nothing
+    dry        a failure where the engine's loader minds something; an error where there is no
+               engine, or where it could show nothing and no run follows, else then skipped
     load, generate, compare
                a failure of the level at which the run failed; those after it are skipped. A
                missing kernel or engine is an error, not a failure: the checkpoint was not tested,
                which must stop a release as well, but whoever reads it has to mend the machine
+    server, tasks
+               a failure or an error likewise
 
 Nothing is read and nothing is judged here.
 """
@@ -23,7 +27,10 @@ from typing import Literal, TypeAlias, get_args
 from xml.etree import ElementTree
 
 from qschema.strict import Finding
+from qvalidate.dry import DryOutcome
 from qvalidate.engines.outcome import EngineOutcome, Level
+from qvalidate.engines.serve import ServeOutcome
+from qvalidate.evaluate import EvalOutcome
 from qvalidate.reports.wording import by_rule, next_step, origin_of, own_findings, summary_of
 from qvalidate.result import EngineReport, Result
 
@@ -107,15 +114,55 @@ def _failing(*, strict: bool) -> tuple[str, ...]:
 def _engine(report: EngineReport, result: Result, *, strict: bool) -> _Suite:
     versions = f" {', '.join(report.versions)}" if result.is_for_any_engine else ""
     name = f"qvalidate.{report.engine}{versions}"
-    observed = report.observed
+    observed, failing = report.observed, _failing(strict=strict)
     cases = [_prediction(report, result, name)]
     about = {"versions known to the rules": ", ".join(report.versions), "verdict": report.verdict}
+    if report.dry is not None:
+        message = report.dry.message
+        cases.append(_one("dry", name, report.dry, message=message, failing=failing))
+        if report.dry.verdict == "unsupported" and observed is not None:
+            # a run follows; the warning counts only where it is strict
+            cases[-1].state = "failure" if cases[-1].text else "skipped"
     if observed is not None:
-        cases += _levels(observed, name, _failing(strict=strict))
+        cases += _levels(observed, name, failing)
         about |= _observed(observed) | {"agreement": report.agreement}
+    if report.served is not None:
+        cases.append(_one("server", name, report.served, message="", failing=failing))
+    if (tasks := report.evaluated) is not None:
+        cases.append(_one("tasks", name, tasks, message=tasks.message, failing=failing))
+        about |= {
+            f"{score.task} {score.metric}": f"{score.candidate:.6g}" for score in tasks.scores
+        }
+        about |= {
+            f"{score.task} {score.metric} of the source": f"{score.reference:.6g}"
+            for score in tasks.scores
+        }
+    timed = (report.dry, observed, report.served)
     return _Suite(
-        name=name, cases=cases, properties=about, wall_s=observed.wall_s if observed else 0.0
+        name=name,
+        cases=cases,
+        properties=about,
+        wall_s=sum(part.wall_s for part in timed if part is not None),
     )
+
+
+def _one(
+    name: str,
+    group: str,
+    part: DryOutcome | ServeOutcome | EvalOutcome,
+    *,
+    message: str,
+    failing: Container[str],
+) -> _Case:
+    """Return the one case of what is no level of a run."""
+    wrong = [finding for finding in part.findings if finding.severity in failing]
+    others = _lines(finding for finding in part.findings if finding.severity not in failing)
+    case = _Case(name, group, output=others)
+    if part.verdict != "passed" or wrong:
+        case.state = "failure" if part.verdict in ("passed", "failed") else "error"
+        case.message = message or (wrong[0].message if wrong else part.verdict)
+        case.text = _lines(wrong)
+    return case
 
 
 def _prediction(report: EngineReport, result: Result, group: str) -> _Case:

@@ -1,9 +1,11 @@
 """A Result as SARIF 2.1.0, as GitHub's code scanning and editors read it.
 
 https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html; section numbers below are of it.
-Files are named relative to the checkpoint's directory (`CHECKPOINT` in originalUriBaseIds,
-3.14.14), tensors and JSON paths are logical locations (3.33). Files of text get the region of their
-first line, because GitHub asks for a line; a binary file can't have one (3.30.1).
+Files are named relative to the working directory (`SRCROOT` in originalUriBaseIds, 3.14.14): GitHub
+takes relative names for those of the repository. Those of a checkpoint elsewhere are relative to
+its own directory (`CHECKPOINT`). Tensors and JSON paths are logical locations (3.33). Files of text
+get the region of their first line, because GitHub asks for a line; a binary file can't have one
+(3.30.1).
 """
 
 import hashlib
@@ -21,14 +23,13 @@ from qvalidate.rules import RULES
 _SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
-_BASE = "CHECKPOINT"
 # GitHub shows no more of one run, and refuses a file with five times as many
 _MOST_RESULTS = 5000
 _TEXT = (".json", ".jinja", ".txt", ".py")
 
 
-def render(result: Result) -> str:
-    """Return `result` as the text of a SARIF file with one run."""
+def render(result: Result, *, strict: bool = False) -> str:
+    """Return `result` as the text of a SARIF file with one run; `strict` is of the exit code."""
     found = sorted(result.findings, key=_severity)
     shown = found[:_MOST_RESULTS]
     ids = list(dict.fromkeys([*result.rules, *(finding.rule for finding in found)]))
@@ -39,9 +40,11 @@ def render(result: Result) -> str:
         "runs": [
             {
                 "tool": {"driver": _driver(result, ids)},
-                "automationDetails": {"id": f"qvalidate/{Path(result.checkpoint.path).name}/"},
-                "originalUriBaseIds": {_BASE: _base(result)},
-                "invocations": [_invocation(result, left_out=len(found) - len(shown))],
+                "automationDetails": {"id": f"qvalidate/{_directory(result).name}/"},
+                "originalUriBaseIds": {_base(result): _base_location(result)},
+                "invocations": [
+                    _invocation(result, strict=strict, left_out=len(found) - len(shown))
+                ],
                 "results": [_result(finding, result, places[finding.rule]) for finding in shown],
                 "properties": {
                     "checkpoint": result.checkpoint.model_dump(mode="json"),
@@ -101,14 +104,24 @@ def _markdown(rule_id: str, command: str) -> str:
     return "\n\n".join([*parts, f"`{command}`"])
 
 
-def _base(result: Result) -> dict[str, Json]:
+def _directory(result: Result) -> Path:
+    return Path(result.checkpoint.path).absolute()
+
+
+def _base(result: Result) -> str:
+    return "SRCROOT" if _directory(result).is_relative_to(Path.cwd()) else "CHECKPOINT"
+
+
+def _base_location(result: Result) -> dict[str, Json]:
+    is_inside = _base(result) == "SRCROOT"
     # a base ends with a slash (3.14.14)
-    uri = Path(result.checkpoint.path).absolute().as_uri().rstrip("/") + "/"
-    return {"uri": uri, "description": {"text": "The directory of the checkpoint."}}
+    uri = (Path.cwd() if is_inside else _directory(result)).as_uri().rstrip("/") + "/"
+    what = "working directory" if is_inside else "directory of the checkpoint"
+    return {"uri": uri, "description": {"text": f"The {what}."}}
 
 
-def _invocation(result: Result, *, left_out: int) -> dict[str, Json]:
-    code = result.exit_code(strict=False)
+def _invocation(result: Result, *, strict: bool, left_out: int) -> dict[str, Json]:
+    code = result.exit_code(strict=strict)
     found: dict[str, Json] = {"executionSuccessful": code != 2, "exitCode": code}
     if left_out:
         text = f"{left_out} more findings are left out; `--format json` has all of them"
@@ -135,9 +148,12 @@ def _physical(finding: Finding, result: Result) -> dict[str, Json]:
     if name is None:
         artifact: dict[str, Json] = {"uri": Path(finding.file).absolute().as_uri()}
     else:
+        base = _base(result)
+        if base == "SRCROOT":
+            name = (_directory(result).relative_to(Path.cwd()) / name).as_posix()
         # the directory itself is "./": an empty reference is none
         uri = "./" if name == "." else quote(name, errors="surrogateescape")
-        artifact = {"uri": uri, "uriBaseId": _BASE}
+        artifact = {"uri": uri, "uriBaseId": base}
     found: dict[str, Json] = {"artifactLocation": artifact}
     if Path(finding.file).suffix in _TEXT:
         found["region"] = {"startLine": 1}
@@ -164,7 +180,14 @@ def _fingerprints(finding: Finding, result: Result) -> dict[str, Json]:
 
 def _engine(report: EngineReport) -> dict[str, Json]:
     versions: list[Json] = list(report.versions)
+    asked = {
+        "dry": report.dry,
+        "run": report.observed,
+        "server": report.served,
+        "tasks": report.evaluated,
+    }
     return {
+        **{key: part.verdict for key, part in asked.items() if part is not None},
         "engine": report.engine,
         "versions": versions,
         "predicted": report.predicted,

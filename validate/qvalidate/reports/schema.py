@@ -40,6 +40,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "predicted": "what the rules say the engine will do",
         "predicted_by": "ids of the rules that the prediction rests on",
         "observed": "what the real engine did; null where none was asked",
+        "other_version": "the version that ran, if the prediction is not about it; null else",
         "agreement": "whether the run bears the prediction out",
     },
     "EngineOutcome": {

@@ -3,9 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from qvalidate.engines.outcome import EngineOutcome
+from qvalidate.report import parts
 from qvalidate.reports.markup import Html, join, tag
 from qvalidate.reports.wording import first_error, next_step, summary_of
-from qvalidate.result import Agreement, EngineReport, Prediction, Result, shown_by
+from qvalidate.result import (
+    Agreement,
+    EngineReport,
+    Prediction,
+    Result,
+    shown_by,
+    shown_by_loader,
+)
 
 # what a run showed, what the rules predict, and a sign for both: colour alone tells nothing
 _WORDS: Mapping[Prediction, tuple[str, str, str]] = {
@@ -38,12 +46,14 @@ def cards(result: Result) -> Html:
 
 def _card(report: EngineReport, result: Result, found: set[str]) -> Html:
     seen, predicted, sign = _WORDS[report.verdict]
-    is_seen = report.observed is not None and shown_by(report.observed) is not None
-    if report.observed is not None and report.observed.verdict == "passed":
+    is_seen = report.shown is not None
+    if report.shown == "loads" and report.observed is not None:
         seen = "Loads and agrees" if report.observed.reached == "compare" else seen
     versions = f" {', '.join(report.versions)}"
     step = next_step(report, result)
     reasons = [_reason(rule_id, found) for rule_id in _rules(report)]
+    beside = [tag("li", line) for line in parts(report)]
+    has_run = report.observed is not None or report.dry is not None
     return tag(
         "article",
         tag(
@@ -56,7 +66,8 @@ def _card(report: EngineReport, result: Result, found: set[str]) -> Html:
         tag("p", _basis(report), class_="basis"),
         tag("ul", *reasons, class_="reasons") if reasons else None,
         _last_words(report.observed),
-        tag("p", _AGREEMENTS[report.agreement], class_="muted") if report.observed else None,
+        tag("ul", *beside, class_="reasons") if beside else None,
+        tag("p", _AGREEMENTS[report.agreement], class_="muted") if has_run else None,
         tag(
             "div",
             tag("p", tag("strong", "Next: "), step.text),
@@ -69,13 +80,22 @@ def _card(report: EngineReport, result: Result, found: set[str]) -> Html:
 
 def _basis(report: EngineReport) -> str:
     """Return what the verdict rests on."""
-    observed = report.observed
+    observed, dry = report.observed, report.dry
+    by_loader = shown_by_loader(dry) if dry is not None else None
+    by_run = shown_by(observed) if observed is not None else None
+    if dry is not None and by_loader not in (None, by_run) and report.shown == by_loader:
+        version = f" {dry.version}" if dry.version else ""
+        return f"Seen in a dry load by {report.engine}{version}, from headers alone."
     if observed is None:
-        return "By the rules. The engine was not asked."
+        if dry is None:
+            return "By the rules. The engine was not asked."
+        return "By the rules alone; the engine was asked for a dry load only."
     where = ", ".join(part for part in (observed.version, observed.device) if part)
     run = f"a run of {report.engine}" + (f" ({where})" if where else "")
     if observed.kernels:
         run += f" with stand-ins for {', '.join(observed.kernels)}"
+    if report.other_version is not None:
+        return f"By the rules alone; {run} is not what they are about."
     if shown_by(observed) is not None:
         after = f", level {observed.reached}" if observed.reached else ", before it had loaded"
         return f"Seen in {run}{after}."
@@ -88,9 +108,10 @@ def _basis(report: EngineReport) -> str:
 
 def _rules(report: EngineReport) -> list[str]:
     """Return the rules that the verdict rests on, those of the run first."""
-    own = first_error(report.observed) if report.observed else None
+    asked = (report.observed, report.dry, report.served, report.evaluated)
+    own = [rule for part in asked if part and (rule := first_error(part))]
     by = [] if report.agreement == "contradicted" else report.predicted_by
-    return list(dict.fromkeys([*([own] if own else []), *by]))
+    return list(dict.fromkeys([*own, *by]))
 
 
 def _reason(rule_id: str, found: set[str]) -> Html:

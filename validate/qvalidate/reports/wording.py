@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qschema.strict import Finding
+from qvalidate.dry import DRY, DryOutcome
 from qvalidate.engines.outcome import EngineOutcome
+from qvalidate.engines.serve import ServeOutcome
+from qvalidate.evaluate import EVALUATE, EvalOutcome
 from qvalidate.result import EngineReport, Result
 from qvalidate.rules import RULES
-from qvalidate.rules.outside import ENGINE, LOADING, WEIGHTS
+from qvalidate.rules.outside import ENGINE, LOADING, SERVE, WEIGHTS
 
 SEVERITIES = ("error", "warning", "note")
 # id -> text, by where such findings come from
 _ORIGINS: Mapping[str, Mapping[str, str]] = {
     "loading": LOADING,
     "weights": WEIGHTS,
+    "dry": DRY,
     "engine": ENGINE,
+    "serve": SERVE,
+    "tasks": EVALUATE,
 }
 
 
@@ -31,7 +37,7 @@ def summary_of(rule_id: str) -> str:
 
 
 def origin_of(rule_id: str) -> str:
-    """Return `rules`, `loading`, `weights` or `engine`; `loading` for what a strict model found."""
+    """Return `rules`, or which part of a validation finds it; `loading` for a strict model's."""
     if rule_id in RULES:
         return "rules"
     return next((origin for origin, table in _ORIGINS.items() if rule_id in table), "loading")
@@ -44,9 +50,13 @@ def own_findings(result: Result) -> list[Finding]:
 
 
 def engine_findings(result: Result) -> frozenset[Finding]:
-    """Return the findings of the engines' runs."""
-    observed = (report.observed for report in result.engines)
-    return frozenset(finding for run in observed if run for finding in run.findings)
+    """Return the findings of all that the engines were asked for."""
+    asked = (
+        part
+        for report in result.engines
+        for part in (report.dry, report.observed, report.served, report.evaluated)
+    )
+    return frozenset(finding for part in asked if part for finding in part.findings)
 
 
 def relative_file(finding: Finding, result: Result) -> str | None:
@@ -68,6 +78,16 @@ def next_step(report: EngineReport, result: Result) -> Step:
     """Return what its reader should do about one engine."""
     check = f"{command_for(result)} --engine {report.engine}"
     observed = report.observed
+    beside = (report.dry, report.served, report.evaluated)
+    failed = next((part for part in beside if part and part.verdict == "failed"), None)
+    if failed is not None and (observed is None or observed.verdict == "passed"):
+        rule = first_error(failed)
+        return Step("See what the failure means:", f"qvalidate explain {rule}" if rule else None)
+    if report.other_version is not None:
+        return Step(
+            "Another version ran. Name the interpreter of one that is meant:",
+            f"{check} --python {report.engine}=PATH",
+        )
     if observed is None:
         return _next_unobserved(report, check)
     if observed.verdict == "not-run":
@@ -100,9 +120,9 @@ def _next_unobserved(report: EngineReport, check: str) -> Step:
     return Step("A prediction is no proof. Ask the engine:", f"{check} --reference SOURCE")
 
 
-def first_error(observed: EngineOutcome) -> str | None:
-    """Return the rule of the first error of a run."""
-    return next((item.rule for item in observed.findings if item.severity == "error"), None)
+def first_error(part: DryOutcome | EngineOutcome | ServeOutcome | EvalOutcome) -> str | None:
+    """Return the rule of the first error in what an engine was asked for."""
+    return next((item.rule for item in part.findings if item.severity == "error"), None)
 
 
 def by_rule(findings: Sequence[Finding]) -> dict[str, list[Finding]]:

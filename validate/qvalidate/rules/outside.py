@@ -61,6 +61,8 @@ ENGINE: Mapping[str, str] = {
     "engine-crashed": "the engine died, or stopped with an error that is not about loading",
     "engine-timeout": "the engine did not answer within --timeout",
     "engine-missing": "that interpreter brought up no such engine; nothing was tested (exit 2)",
+    "engine-version": "the engine that ran is none of the versions that --engine names; of those "
+    "nothing was shown, which is no pass",
     "engine-no-kernel": "this machine has no kernel for the format; nothing was shown, which is no "
     "pass; --level rules asks for the rules alone",
     "engine-tokenizer": "the engine found no tokenizer and was given token ids",

@@ -5,6 +5,7 @@ is not here: the sglang rules look at it.
 """
 
 from qvalidate.rules import (  # noqa: F401  (they declare the rules that are named below)
+    codes,
     kv,
     mixed,
     modules,
@@ -75,6 +76,13 @@ effect_of(
 )
 effect_of(
     "nonpositive-scale",
+    "wrong",
+    engine="sglang",
+    versions=BOTH,
+    evidence=("SGLang 0.5.23 modelopt_quant.py:617-642, :1887-1914: nothing is checked",),
+)
+effect_of(
+    "codes-nan",
     "wrong",
     engine="sglang",
     versions=BOTH,

@@ -221,5 +221,7 @@ def _grouped(context: Context, clashes: Iterable[_Clash]) -> Iterator[Spot]:
     for clash in clashes:
         causes.setdefault(clash.message, []).append(clash.module)
     for message, names in causes.items():
-        stored = context.modules[names[0]].tensors["weight"]
+        # a plain stack of experts is no module, but a parameter of one
+        plain = context.unquantized.get(names[0])
+        stored = plain or context.modules[names[0]].tensors["weight"]
         yield Spot(str(stored.file), stored.name, f"{message} ({some(names)})")

@@ -13,6 +13,8 @@ from qvalidate.rules.sglang_support import BOTH, NEW
 
 _SMOOTHING = "pre_quant_scale"
 _AWQ = "NVFP4_AWQ"
+# the first weight_scale_2 that is too large for Marlin
+_OVERFLOWS = 512.0
 _FIRST = frozenset(group[0] for group in support.FUSED_NAMES)
 _STATIC = frozenset({"weight", "bias", "weight_scale", "input_scale"})
 _NVFP4 = _STATIC | {"weight_scale_2"}
@@ -167,6 +169,32 @@ def _smoothed(context: Context) -> Iterator[tuple[Layer, Module, str]]:
 def _at(module: Module, message: str) -> Spot:
     stored = module.tensors[_SMOOTHING]
     return Spot(str(stored.file), stored.name, message)
+
+
+@rule(
+    "sglang-scale-overflow",
+    severity="error",
+    summary="SGLang's Marlin kernels turn a weight_scale_2 this large into infinity",
+    text="""Where the GPU has no NVFP4 instructions (below sm_100) SGLang decodes NVFP4 with Marlin,
+    and multiplies weight_scale_2 by 2^119 for a bf16 model, or by 2^7 for an f16 one, as vLLM does
+    (vllm-scale-overflow). From 512 on that is more than the dtype holds.""",
+    engine="sglang",
+    versions=BOTH,
+    effects={"sglang": "wrong"},
+    evidence=(
+        "SGLang 0.5.17 layers/quantization/marlin_utils_fp4.py:45-54, 0.5.23 the same :52-56",
+    ),
+)
+def sglang_scale_overflow(context: Context) -> Iterator[Spot]:
+    gpu = context.deployment.gpu
+    if (gpu is not None and gpu >= support.BLACKWELL) or read(context, NEW).refusal:
+        return
+    for module, declared in context.encoded:
+        stored = module.tensors.get("weight_scale_2")
+        value = context.numbers.get(stored.name) if stored else None
+        if stored and declared.name in support.PACKED and value is not None and value >= _OVERFLOWS:
+            message = f"{value:.4g}; SGLang's Marlin kernels hold less than {_OVERFLOWS:g}"
+            yield Spot(str(stored.file), stored.name, message)
 
 
 @rule(

@@ -4,7 +4,7 @@ Only what its sources tell. Rules about tensors, exclusions and mixed lists are 
 of its own say what it makes of them. No rule is declared here.
 """
 
-from qvalidate.rules import agreement, kv, modules, sizes, tensors, values
+from qvalidate.rules import agreement, codes, kv, modules, sizes, tensors, values
 from qvalidate.rules.registry import effect_of
 from qvalidate.rules.trtllm_support import BOTH, ENGINE, V12, V13
 
@@ -13,7 +13,7 @@ _LOAD = "documented: _torch/models/modeling_utils.py:_load_weights_impl_v2"
 _READER = "documented: _torch/model_config.py:ModelConfig.from_pretrained"
 
 # the rules have to be declared before anything can be said about them
-_DECLARING = (agreement, kv, modules, sizes, tensors, values)
+_DECLARING = (agreement, codes, kv, modules, sizes, tensors, values)
 
 effect_of(
     "no-quantization-config",
@@ -73,6 +73,13 @@ effect_of(
 )
 effect_of(
     "nonpositive-scale",
+    "wrong",
+    engine=ENGINE,
+    versions=BOTH,
+    evidence=(f"{_COPY} (no value is looked at)",),
+)
+effect_of(
+    "codes-nan",
     "wrong",
     engine=ENGINE,
     versions=BOTH,

@@ -1,10 +1,13 @@
-"""What vLLM does on the kind of GPU that `--gpu` names. Silent where none is named."""
+"""What vLLM does on the kind of GPU that `--gpu` names, and what hangs on it where none is."""
 
 from collections.abc import Iterator
 
 from qvalidate.context import Context
 from qvalidate.rules.registry import Spot, rule
 from qvalidate.rules.vllm_support import SUPPORT, VERSIONS, Support
+
+# the GPUs from the first on, and before the second, on which FlashInfer is taken by itself
+_HAS_NVFP4_CACHE, _CONSUMER = 100, 120
 
 
 @rule(
@@ -54,6 +57,31 @@ def vllm_gpu_fallback(context: Context) -> Iterator[Spot]:
             f"sm_{support.native_gpu}"
         )
         yield Spot(context.config_file, "$.quantization_config.quant_algo", message)
+
+
+@rule(
+    "vllm-kv-backend",
+    severity="error",
+    summary="an NVFP4 KV cache needs one of vLLM's attention backends, which may not be there",
+    text="""vLLM reads kv_cache_quant_algo NVFP4 and caches so without being asked. Only FlashInfer
+    can: another backend stops with "kv_cache_dtype not supported". On sm_100 and sm_103 it is the
+    usual one, and nothing is said; on sm_80 to sm_90 and sm_120 it does so for heads other than 64
+    wide, if it is installed and chosen. --kv-cache-dtype bfloat16 leaves the cache as it is.""",
+    engine="vllm",
+    versions=VERSIONS,
+    effects={"vllm": "unknown"},
+    evidence=(
+        "vLLM 0.32.0 v1/attention/backends/flashinfer.py:528-562, utils/torch_utils.py:457-509",
+        "run on an H200 with vLLM 0.33.0 and TRITON_ATTN: 'kv_cache_dtype not supported'",
+    ),
+)
+def vllm_kv_backend(context: Context) -> Iterator[Spot]:
+    obeyed, gpu = context.obeyed, context.deployment.gpu
+    is_usual = gpu is not None and _HAS_NVFP4_CACHE <= gpu < _CONSUMER
+    if obeyed is None or (obeyed.kv_algo or "").upper() != "NVFP4" or is_usual:
+        return
+    where = "kv_cache_quant_algo" if "kv_cache_quant_algo" in obeyed.body else "kv_cache_scheme"
+    yield Spot(obeyed.file, obeyed.where(where), "NVFP4; in vLLM only FlashInfer has such a cache")
 
 
 def _support(context: Context) -> Support | None:

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 
-from qschema.architectures import keep_reason
+from qschema.architectures import experts_of, keep_reason
 from qvalidate.context import Context
 from qvalidate.rules.registry import Spot, rule
-from qvalidate.rules.vllm_support import STACKED_EXPERTS, SUPPORT, VERSIONS
+from qvalidate.rules.vllm_support import (
+    STACKED_EXPERTS,
+    STACKS_WITHOUT,
+    SUPPORT,
+    VERSIONS,
+)
 
 
 @rule(
@@ -44,18 +49,29 @@ def vllm_nested_config(context: Context) -> Iterator[Spot]:
     "vllm-stacked-experts",
     severity="error",
     summary="quantized experts stacked in one tensor, in a model that vLLM loads expert by expert",
-    text="""vLLM knows the stacked layout with its scales (experts.gate_up_proj_weight_scale) in
-    the loaders of Llama 4 and gpt-oss only. Elsewhere it stops with an AttributeError at the
-    scale. Write the experts one by one, as experts.E.gate_proj.""",
+    text="""vLLM loads the stacked layout with its scales (experts.gate_up_proj_weight_scale) in
+    Llama 4 with its vision part only. A text-only Llama 4 takes the scale for the weight (KeyError:
+    "...w2_weight_input_scale"); gpt-oss has no biases beside quantized experts (KeyError:
+    "...w2_bias"). Other models stop with an AttributeError at the scale: write their experts one by
+    one, as experts.E.gate_proj.""",
     engine="vllm",
     versions=VERSIONS,
     effects={"vllm": "refuses"},
-    evidence=("vLLM 0.33.0 layers/fused_moe/routed_experts.py:1049, run with its own loader",),
+    evidence=(
+        "vLLM 0.33.0 layers/fused_moe/routed_experts.py:1049, run with its own loader",
+        "run on an H200 with vLLM 0.33.0: Llama4ForCausalLM in FP8 and NVFP4, gpt_oss in NVFP4",
+        "vLLM 0.32.0 models/mllama4.py:1062-1091, models/llama4.py:431-452; dry loads of both",
+    ),
 )
 def vllm_stacked_experts(context: Context) -> Iterator[Spot]:
+    model_type = context.model_type
+    lost = STACKS_WITHOUT.get(model_type or "")
+    message = f"vLLM's loader for {model_type} "
+    message += (
+        f"has no place for {lost} of quantized stacks" if lost else "takes experts one by one"
+    )
     for module in context.quantized.values():
-        if module.is_stack and context.model_type not in STACKED_EXPERTS:
-            message = f"vLLM's loader for {context.model_type} takes experts one by one"
+        if module.is_stack and model_type not in STACKED_EXPERTS:
             yield Spot(module.file, module.name, message)
 
 
@@ -75,6 +91,8 @@ def vllm_stacked_experts(context: Context) -> Iterator[Spot]:
     ),
 )
 def vllm_embedding(context: Context) -> Iterator[Spot]:
+    config = context.checkpoint.config
     for name, module in context.quantized.items():
-        if keep_reason(name, config=context.checkpoint.config) == "embedding":
+        # experts by the thousand are none, and asking takes long
+        if experts_of(name) is None and keep_reason(name, config=config) == "embedding":
             yield Spot(module.file, module.weight_name, "vLLM builds a plain embedding")

@@ -1,9 +1,9 @@
 """What vLLM refuses by format, by shape or by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from qschema.architectures import text_config
-from qvalidate.context import LM_HEAD, Context
+from qschema.architectures import experts_of, text_config
+from qvalidate.context import LM_HEAD, Context, Module
 from qvalidate.rules.parallel import local_sizes
 from qvalidate.rules.registry import Spot, rule, some
 from qvalidate.rules.vllm_matching import layers
@@ -75,7 +75,8 @@ def vllm_experts_unsupported(context: Context) -> Iterator[Spot]:
     ),
 )
 def vllm_columns(context: Context) -> Iterator[Spot]:
-    for name, (_, columns) in _sizes(context).items():
+    modules = (module for module, _ in context.encoded)
+    for name, (_, columns) in _sizes(context, modules).items():
         module = context.quantized[name]
         support = support_of(module)
         if support is not None and module.declared and columns % support.multiple_of_k:
@@ -100,7 +101,9 @@ def vllm_columns(context: Context) -> Iterator[Spot]:
     evidence=("vLLM 0.33.0, run with its own loader: 64-row k and v fail at one rank",),
 )
 def vllm_fused_rows(context: Context) -> Iterator[Spot]:
-    found = _sizes(context)
+    # experts are fused otherwise
+    dense = [module for module, _ in context.encoded if experts_of(module.name) is None]
+    found = _sizes(context, dense)
     for layer in layers(found).values():
         for name in () if layer.is_experts else layer.parts[:-1]:
             module, rows = context.quantized[name], found[name][0]
@@ -196,7 +199,7 @@ def _on_each(context: Context) -> str:
     return "" if context.deployment.tp == 1 else f" on each of {context.deployment.tp} GPUs"
 
 
-def _sizes(context: Context) -> dict[str, tuple[int, int]]:
+def _sizes(context: Context, modules: Iterable[Module]) -> dict[str, tuple[int, int]]:
     """Return module -> (rows, columns) on each GPU of those whose codes have the right rank."""
-    found = {module.name: local_sizes(context, module) for module, _ in context.encoded}
+    found = {module.name: local_sizes(context, module) for module in modules}
     return {name: size for name, size in found.items() if size is not None}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from typing import Literal
 
 from qvalidate.rules.vllm_support import FUSED_NAMES, NEVER_QUANTIZED, PLAIN_ROUTERS
@@ -35,8 +36,14 @@ class Match:
     how: str = ""
 
 
-def layers(modules: Iterable[str]) -> dict[str, Layer]:
+def layers(modules: Iterable[str]) -> Mapping[str, Layer]:
     """Return the layers that vLLM builds from the checkpoint's Linear `modules`, by their names."""
+    return _grouped(tuple(modules))
+
+
+# every rule asks for one of the same few lists, which may have tens of thousands of names
+@lru_cache(maxsize=4)
+def _grouped(modules: tuple[str, ...]) -> Mapping[str, Layer]:
     parts: dict[str, list[str]] = {}
     for module in modules:
         parts.setdefault(layer_name(module), []).append(module)

@@ -63,7 +63,7 @@ def vllm_scale_not_loaded(context: Context) -> Iterator[Spot]:
 )
 def vllm_scale_overflow(context: Context) -> Iterator[Spot]:
     gpu = context.deployment.gpu
-    if gpu is not None and gpu >= _HAS_NVFP4:
+    if context.deployment.on_cpu or (gpu is not None and gpu >= _HAS_NVFP4):
         return
     for module, _ in context.encoded:
         stored = module.tensors.get("weight_scale_2")

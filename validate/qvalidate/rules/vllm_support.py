@@ -107,8 +107,12 @@ FUSED_NAMES: Mapping[tuple[str, ...], str] = {
     ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
 }
 
-# model types with a loader for experts stacked in one tensor (models/llama4.py, models/gpt_oss.py)
-STACKED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
+# model types with a loader for experts stacked in one tensor, and for their scales
+# (models/mllama4.py:_rename_weight_for_modelopt_checkpoint)
+STACKED_EXPERTS = frozenset({"llama4"})
+# model types whose loader takes such stacks, but not all that is beside quantized ones -> what not
+# (models/llama4.py load_moe_expert_weights; models/gpt_oss.py _load_weights_other)
+STACKS_WITHOUT: Mapping[str, str] = {"gpt_oss": "the biases", "llama4_text": "the scales"}
 
 # prefixes that are never quantized, whatever the list says (modelopt.py:243-248)
 NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
