@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, from the root of a checkout: kernel parity and speed,
-# conversion speed, and the real vLLM on the converted fixtures. Results land in OUT (a folder).
+# conversion speed, and the real vLLM on the converted fixtures (support.json, vllm/). Results land in OUT (a folder).
 #
 #     benchmarks/h200.sh OUT VLLM_PYTHON [kernels] [conversion] [engine] [multi]
 #
@@ -38,5 +38,7 @@ step multi "several GPUs give the same bytes" python3 -m pytest -q -p no:cachepr
 step multi "conversion on all GPUs" python3 benchmarks/convert_gpu.py --gb 30 --rounds 2 \
     --work /dev/shm/qconvert --devices cuda:0 cuda --csv "$out/convert_gpu.csv"
 rm -rf /dev/shm/qconvert
-step engine "vLLM" python3 validate/evidence/collect.py "$out" --python "$vllm" --device cpu -j 10
+cp validate/qvalidate/matrix/support.json "$out"
+step engine "vLLM" python3 -m qvalidate matrix --engine vllm --gpu sm_90 --python "$vllm" -j 12 \
+    --data "$out/support.json" --keep "$out/vllm"
 exit $status

@@ -1,6 +1,5 @@
 """The engine's part of the command, with a stand-in: levels, predictions, and what is no pass."""
 
-import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,19 +8,17 @@ from catalogue import PB_WO, PC_PT
 from checkpoints import draft
 from click.testing import CliRunner, Result
 
-from qschema.plan import Tool
 from qschema.strict import Finding
 from qvalidate import choice, cli
 from qvalidate.dry import DryOutcome
 from qvalidate.engines import FOUR_BITS, EngineOutcome, EngineRequest, Thresholds
 from qvalidate.engines.outcome import Level, Verdict
-from qvalidate.result import Agreement, EngineReport, Prediction, Subject
+from qvalidate.result import EngineReport, Prediction
 from qvalidate.result import Result as ValidationResult
 from qvalidate.rules import RULES
 from qvalidate.targets import Target
 from qvalidate.validation import agreement, other_version
 
-COLLECT = runpy.run_path(str(Path(__file__).parents[2] / "validate/evidence/collect.py"))
 WHERE = "model.layers.0.mlp.down_proj.weight_scale"
 
 
@@ -251,45 +248,6 @@ def test_agreement_of_prediction_and_run(
 
 def report_of(predicted: Prediction, observed: EngineOutcome) -> EngineReport:
     return EngineReport(engine="vllm", versions=["0.33.0"], predicted=predicted, observed=observed)
-
-
-def reported(*agreements: Agreement) -> list[ValidationResult]:
-    return [
-        ValidationResult(
-            tool=Tool(name="qvalidate", version="0"),
-            checkpoint=Subject(path="x"),
-            level="generate",
-            rules=[],
-            findings=[],
-            engines=[
-                EngineReport(
-                    engine="vllm", versions=["0.33.0"], predicted="loads", agreement=agreement
-                )
-            ],
-        )
-        for agreement in agreements
-    ]
-
-
-@pytest.mark.parametrize(
-    ("agreements", "status"),
-    [
-        (["confirmed", "untested"], 0),
-        (["untested", "untested"], 1),
-        (["confirmed", "contradicted"], 1),
-        ([], 1),
-    ],
-)
-def test_evidence_needs_something_confirmed(agreements: list[Agreement], status: int) -> None:
-    assert COLLECT["status"](reported(*agreements)) == status
-
-
-def test_evidence_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMIT", "abc")
-    made = COLLECT["provenance"](["--device", "cpu"])
-
-    assert (made["commit"], set(made)) == ("abc", {"date", "commit", "command"})
-    assert made["date"].endswith("+00:00")
 
 
 def failed_by(*rules: str) -> EngineOutcome:
