@@ -6,6 +6,12 @@ from checkpoints import Draft, f32
 from qschema.formats import find
 
 
+@fault("other-dialect", "$.quantization_config.quant_method", severity="warning")
+def another_dialect(draft: Draft) -> None:
+    draft.hf_quant_config = {}
+    draft.quantization["quant_method"] = "compressed-tensors"
+
+
 @fault("excluded-but-quantized", "lm_head.weight", algo=PC_PT)
 def excluded_layer_quantized(draft: Draft) -> None:
     draft.quantize("lm_head", find(PC_PT))

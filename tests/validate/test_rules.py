@@ -20,7 +20,7 @@ from qvalidate.loader import load
 from qvalidate.rules import RULES, raw, run
 from qvalidate.rules.vllm_support import SUPPORT
 from qvalidate.targets import ONE_GPU, Deployment, every_target, parse_targets
-from qvalidate.validation import predict
+from qvalidate.validation import predict, validate
 
 FORMATS = [*formats(), MIXED]
 (VLLM,) = parse_targets("vllm")
@@ -322,3 +322,15 @@ def test_nan_among_the_codes_loads_right_in_no_engine(tmp_path: Path) -> None:
 
     for target in every_target():
         assert predict(findings, target) == ("loads-but-wrong", ["codes-nan"]), target
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8", "awq"])
+def test_another_dialect_is_neither_right_nor_wrong(tmp_path: Path, method: str) -> None:
+    """Its names are not ModelOpt's, so the rules about those would only cry wolf."""
+    made = draft("llama", PC_PT)
+    made.hf_quant_config = {}
+    made.quantization["quant_method"] = method
+    result = validate(made.write(tmp_path / "made"))
+
+    assert [found.rule for found in result.findings] == ["other-dialect"]
+    assert {report.predicted for report in result.engines} == {"unknown"}

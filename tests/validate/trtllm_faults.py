@@ -103,7 +103,7 @@ def flat_file(draft: Draft) -> None:
 @fault("trtllm-unrecognised", where="$.quantization_config.quant_method")
 def config_of_another_method(draft: Draft) -> None:
     draft.hf_quant_config = {}
-    draft.quantization["quant_method"] = "awq"
+    draft.quantization["quant_method"] = "of nobody"
     del draft.quantization["producer"]
 
 

@@ -24,6 +24,31 @@ from qvalidate.targets import ONE_GPU, Deployment
 
 LM_HEAD = "lm_head"
 KV_SCALES = frozenset({"k_scale", "v_scale"})
+# how transformers and the engines call the dialects that are not ModelOpt's
+_OTHER_DIALECTS = frozenset(
+    {
+        "aqlm",
+        "auto-round",
+        "awq",
+        "bitsandbytes",
+        "compressed-tensors",
+        "eetq",
+        "fbgemm_fp8",
+        "fp8",
+        "gguf",
+        "gptq",
+        "higgs",
+        "hqq",
+        "mxfp4",
+        "mxfp8",
+        "nvfp4",
+        "quanto",
+        "quark",
+        "torchao",
+        "w4afp8",
+        "w8a8_int8",
+    }
+)
 # keep_reason() of modules that are no Linear, so that no list needs to name them
 _NO_LINEAR = frozenset({"embedding", "norm"})
 
@@ -87,6 +112,12 @@ class Context:
     @property
     def obeyed(self) -> QuantConfig | None:
         return self.in_config or self.in_file
+
+    @property
+    def dialect(self) -> str | None:
+        """The `quant_method` of another dialect than ModelOpt's, None for that and for no known."""
+        method = self.obeyed.method if self.obeyed else None
+        return method if method in _OTHER_DIALECTS else None
 
     @property
     def path(self) -> Path:

@@ -106,7 +106,10 @@ def predict(findings: Sequence[Finding], target: Target) -> tuple[Prediction, li
         # wrong weights load in any engine
         by_weights: Effect | None = "wrong" if finding.rule in WEIGHTS else None
         effect = declared.effect(target) if declared else by_weights
-        if effect and finding.severity == "error" and finding.rule not in effects.get(effect, []):
+        # a warning that nothing is known
+        is_doubt = effect == "unknown" and declared is not None and declared.severity == "warning"
+        counts = finding.severity == "error" or is_doubt
+        if effect and counts and finding.rule not in effects.get(effect, []):
             effects.setdefault(effect, []).append(finding.rule)
     if "refuses" in effects:
         return "refuses", effects["refuses"]

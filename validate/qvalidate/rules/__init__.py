@@ -8,6 +8,7 @@ from qvalidate.context import Context
 from qvalidate.rules import (
     agreement,
     codes,
+    dialect,
     exclusions,
     files,
     kv,
@@ -44,6 +45,7 @@ from qvalidate.targets import Target, every_target
 __all__ = ["RULES", "Effect", "Rule", "Severity", "raw", "run", "softened"]
 
 _MODULES = (
+    dialect,
     agreement,
     mixed,
     tensors,
@@ -77,6 +79,9 @@ _MODULES = (
     sglang_effects,
 )
 
+# what holds however a checkpoint is spelt
+_ANY_DIALECT = frozenset(module.__name__ for module in (dialect, files, parallel))
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         declared.id: declared
@@ -90,6 +95,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 def raw(context: Context, targets: Sequence[Target]) -> Iterator[Finding]:
     """Yield the findings of every rule for any engine, and of those for one of the `targets`."""
     for declared in RULES.values():
+        if context.dialect is not None and declared.spots.__module__ not in _ANY_DIALECT:
+            continue
         if declared.engine is None or any(map(declared.holds_for, targets)):
             yield from declared.check(context)
 
